@@ -1,0 +1,58 @@
+"""The normaliser's backward: one number per token for each of its two uses."""
+
+import triton
+import triton.language as tl
+
+from .common import contiguous_head, load_tile
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=["dh_sb", "dh_sh", "dh_st", "T"],
+)
+def normaliser_backward(
+    h,  # (B, H, T, V) or (B, T, H, V), contiguous
+    dh, dh_sb, dh_sh, dh_st,  # (B, H, T, V) in units of UNIT elements
+    r,  # (B, H, NT * L) signed normaliser n.q; or the whole positive normaliser d if D_GIVEN
+    floor,  # (B, H, NT * L) exp(-m)
+    T,
+    d_inverse,  # (B, H, NT * L) 1 / d, d = max(|r|, floor) + eps; 0 from T on
+    delta,  # (B, H, NT * L) cotangent of r: -(dh . h) sign(r) / d where |r| > floor, else 0
+    H: tl.constexpr,
+    V: tl.constexpr,
+    L: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+    UNIT: tl.constexpr,
+    EPS: tl.constexpr,
+    EXACT: tl.constexpr,
+    D_GIVEN: tl.constexpr,
+    BTHD: tl.constexpr,
+):  # fmt: skip
+    """One program per head and tile of BT tokens."""
+    pid = tl.program_id(0).to(tl.int64)
+    padded = tl.cdiv(T, L).to(tl.int64) * L
+    head = pid // (padded // BT)
+    t = ((pid % (padded // BT)) * BT).to(tl.int32) + tl.arange(0, BT)
+    m_t = t < T
+    if D_GIVEN:
+        b_r = tl.load(r + head * T + t, mask=m_t, other=1.0)
+        b_d = b_r
+        b_floor = b_r
+    else:
+        b_r = tl.load(r + head * padded + t)
+        b_floor = tl.load(floor + head * padded + t)
+        b_d = tl.maximum(tl.abs(b_r), b_floor) + EPS
+    b_delta = tl.zeros([BT], tl.float32)
+    if EXACT:
+        p_dh = dh + ((head // H) * dh_sb + (head % H) * dh_sh) * UNIT
+        offset, stride = contiguous_head(head, T, H, V, BTHD)
+        for v0 in range(0, V, BV):
+            o_v = v0 + tl.arange(0, BV)
+            b_h = load_tile(h + offset, t, stride, T, o_v, V, BV).to(tl.float32)
+            b_dh = load_tile(p_dh, t, dh_st * UNIT, T, o_v, V, BV).to(tl.float32)
+            b_delta += tl.sum(b_h * b_dh, 1)
+        b_delta = b_delta / b_d
+        b_delta = tl.where(b_r > 0, -b_delta, b_delta)
+        b_delta = tl.where(tl.abs(b_r) > b_floor, b_delta, 0.0)
+    tl.store(d_inverse + head * padded + t, tl.where(m_t, 1.0 / b_d, 0.0))
+    tl.store(delta + head * padded + t, tl.where(m_t, b_delta, 0.0))

@@ -1,0 +1,370 @@
+"""The host plan: from a problem to launches as data. Pure functions; both frontends and the interpreter run the same plan."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+from .config import Config, Tile, configure
+from .kernels import gates_backward, gates_forward, mix_keys, mix_values, normaliser_backward, state_scan
+from .launch import Launch, Pass, Spec
+from .problem import Problem, Strides, contiguous_strides
+
+INITIAL = ("c_initial", "n_initial", "m_initial")
+LAST = ("c_last", "n_last", "m_last")
+GATES = ("c", "a", "ends")
+# What the backward pass reads besides the inputs.
+SAVED = (*GATES, "floor", "picked", "states", "norms", "c_last", "n_last", "h", "r")
+GRADIENTS = ("dq", "dk", "dv", "di", "df")
+GRADIENTS_INITIAL = ("dc_initial", "dn_initial", "dm_initial")
+
+
+def cdiv(x: int, y: int) -> int:
+    return -(-x // y)
+
+
+class Builder:
+    """Launches of one problem. Each method is one kernel; `forward_pass` and its kin choose and order them."""
+
+    def __init__(self, problem: Problem, config: Config | None = None):
+        self.p = problem
+        self.config = config or configure(problem)
+        self.heads = problem.B * problem.H
+        self.L = self.config.L
+        self.NT = cdiv(problem.T, self.L)
+        self.rows = (problem.B, problem.H, self.NT * self.L)
+        self.strides: dict[str, Strides] = dict(problem.strides)
+        self.state_dtype = "bfloat16" if problem.dtype == "bfloat16" else "float32"
+        # float16 has tf32's mantissa, so its weighted products lose nothing in tf32.
+        self.precision = "tf32" if problem.dtype == "float16" else problem.precision
+
+    def _strided(self, *tensors: tuple[str, str]) -> tuple[dict[str, str | int], int]:
+        """Parameters `x, x_sb, x_sh, x_st` of (parameter, buffer) pairs; strides in units that keep loads aligned."""
+        used = [s for _, buffer in tensors for s in self.strides[buffer]]
+        unit = math.gcd(16, *used) or 16
+        parameters: dict[str, str | int] = {}
+        for name, buffer in tensors:
+            parameters[name] = buffer
+            for axis, stride in zip("bht", self.strides[buffer], strict=True):
+                parameters[f"{name}_s{axis}"] = stride // unit
+        return parameters, unit
+
+    def _launch(
+        self,
+        kernel: Any,
+        operands: dict[str, str | int | None],
+        outputs: dict[str, tuple[str, Spec]],
+        programs: int,
+        tile: Tile,
+        blocks: str = "",
+        **constexprs: Any,
+    ) -> Launch:
+        # An absent operand is filled with a present one: a kernel behind its flag never reads it.
+        present = next(x for x in operands.values() if isinstance(x, str))
+        return Launch(
+            kernel=kernel,
+            operands={name: present if x is None else x for name, x in operands.items()},
+            outputs=outputs,
+            grid=programs,
+            constexprs={"H": self.p.H, "L": self.L, **{b: getattr(tile, b) for b in blocks.split()}, **constexprs},
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+    def gates(
+        self,
+        i: str | None = "i",
+        f: str = "f",
+        f_is_log: bool = False,
+        m_token: str | None = None,
+        m_chunk: str | None = None,
+    ) -> Launch:
+        """Stabilisers and decays. `m_token`, `m_chunk`: given stabilisers, in place of those computed from i and f."""
+        p = self.p
+
+        def gate(name: str, buffer: str | None) -> dict[str, str | int | None]:
+            sb, sh, st = self.strides[buffer] if buffer else (0, 0, 0)
+            return {name: buffer, f"{name}_sb": sb, f"{name}_sh": sh, f"{name}_st": st}
+
+        head = (p.B, p.H)
+        return self._launch(
+            gates_forward,
+            {
+                **gate("i", i),
+                **gate("f", f),
+                "m_initial": "m_initial" if p.has_initial else None,
+                "m_token": m_token,
+                "m_chunk_given": m_chunk,
+                "T": p.T,
+            },
+            {
+                "c": ("c", Spec((*head, 2, self.NT * self.L), "float32")),
+                "a": ("a", Spec((*head, 2, self.NT * self.L), "float32")),
+                "ends": ("ends", Spec((*head, 4, self.NT), "float32")),
+                "floor": ("floor", Spec(self.rows, "float32")),
+                "m": ("m", Spec((*head, p.T), "float32")),
+                "m_chunk": ("m_chunk", Spec((*head, self.NT + 1), "float32")),
+                "m_last": ("m_last", Spec(head, "float32")),
+                "picked": ("picked", Spec(head, "int32")),
+            },
+            self.heads,
+            Tile(0, 0, 0, 0, num_warps=max(1, min(4, self.L // 32)), num_stages=1),
+            HAS_INITIAL=p.has_initial,
+            HAS_I=i is not None,
+            F_IS_LOG=f_is_log,
+            M_GIVEN=m_token is not None,
+        )
+
+    def _scan(self, backward: bool, operands: dict[str, Any], outputs: dict[str, Any], **flags: Any) -> Launch:
+        p, tile = self.p, self.config.state
+        x, y = ("q", "dh") if backward else ("k", "v")
+        strided, unit = self._strided(("x", x), ("y", y))
+        tiles = cdiv(p.K, tile.BK) * cdiv(p.V, tile.BV)
+        head = (p.B, p.H)
+        names = ("states", "norms", "state_out", "norm_out", "inner")
+        shapes = {
+            "states": Spec((*head, self.NT, p.K, p.V), self.state_dtype),
+            "norms": Spec((*head, self.NT, p.K), "float32"),
+            "state_out": Spec((*head, p.K, p.V), "float32"),
+            "norm_out": Spec((*head, p.K), "float32"),
+            "inner": Spec((*head, tiles, self.NT + 2) if flags["HAS_INNER"] else (1,), "float32"),
+        }
+        return self._launch(
+            state_scan,
+            {**strided, **{name: name for name in GATES}, **operands, "T": p.T},
+            {name: (outputs[name], shapes[name]) for name in names},
+            self.heads * tiles,
+            tile,
+            "BT BK BV",
+            K=p.K,
+            V=p.V,
+            UNIT=unit,
+            SCALE=p.scale,
+            BACKWARD=backward,
+            BF16=p.dtype == "bfloat16",
+            PRECISION=self.precision,
+            **flags,
+        )
+
+    def state_forward(self) -> Launch:
+        """Chunk-start states and the last state."""
+        initial = self.p.has_initial
+        absent = ("fw_states", "fw_norms", "fw_last", "fw_norm_last", "fw_initial", "fw_norm_initial")
+        return self._scan(
+            False,
+            {
+                "d_inverse": None,
+                "delta": None,
+                "state_in": "c_initial" if initial else None,
+                "norm_in": "n_initial" if initial else None,
+                **dict.fromkeys(absent),
+            },
+            {"states": "states", "norms": "norms", "state_out": "c_last", "norm_out": "n_last", "inner": "unused_scan"},
+            HAS_STATE_IN=initial,
+            HAS_NORM_IN=initial,
+            HAS_INITIAL=initial,
+            HAS_INNER=False,
+        )
+
+    def state_backward(self, has_dc_last: bool, has_dn_last: bool, inner: bool = True) -> Launch:
+        """Cotangents of the states after each chunk, and of the initial state."""
+        initial = self.p.has_initial and inner
+        return self._scan(
+            True,
+            {
+                "d_inverse": "d_inverse",
+                "delta": "delta",
+                "state_in": "dc_last" if has_dc_last else None,
+                "norm_in": "dn_last" if has_dn_last else None,
+                "fw_states": "states" if inner else None,
+                "fw_norms": "norms" if inner else None,
+                "fw_last": "c_last" if inner else None,
+                "fw_norm_last": "n_last" if inner else None,
+                "fw_initial": "c_initial" if initial else None,
+                "fw_norm_initial": "n_initial" if initial else None,
+            },
+            {
+                "states": "dstates",
+                "norms": "dnorms",
+                "state_out": "dc_initial",
+                "norm_out": "dn_initial",
+                "inner": "inner" if inner else "unused_scan",
+            },
+            HAS_STATE_IN=has_dc_last,
+            HAS_NORM_IN=has_dn_last,
+            HAS_INITIAL=initial,
+            HAS_INNER=inner,
+        )
+
+    def values(self, backward: bool) -> Launch:
+        """h; backward: dv."""
+        p, tile = self.p, self.config.values
+        x, y, z = ("k", "q", "dh") if backward else ("q", "k", "v")
+        strided, unit = self._strided(("x", x), ("y", y), ("z", z))
+        return self._launch(
+            mix_values,
+            {
+                **strided,
+                **{name: name for name in GATES},
+                "floor": None if backward else "floor",
+                "d_inverse": "d_inverse" if backward else None,
+                "states": "dstates" if backward else "states",
+                "norms": None if backward else "norms",
+                "T": p.T,
+            },
+            {
+                "out": ("dv" if backward else "h", self._token_spec(p.V, p.dtype)),
+                "r": ("unused_values", Spec((1,), "float32")) if backward else ("r", Spec(self.rows, "float32")),
+            },
+            self.heads * self.NT * (self.L // tile.BT) * cdiv(p.V, tile.BV),
+            tile,
+            "BT BS BK BV",
+            K=p.K,
+            V=p.V,
+            UNIT=unit,
+            SCALE=p.scale,
+            EPS=p.eps,
+            BACKWARD=backward,
+            BTHD=p.layout == "bthd",
+            BF16=p.dtype == "bfloat16",
+            PRECISION=self.precision,
+        )
+
+    def normaliser(self, given: str | None = None) -> Launch:
+        """1 / d and the cotangent of r per token. `given`: a buffer that holds d itself, then nothing flows through it."""
+        p, tile = self.p, self.config.normaliser
+        strided, unit = self._strided(("dh", "dh"))
+        return self._launch(
+            normaliser_backward,
+            {
+                "h": None if given else "h",
+                **strided,
+                "r": given or "r",
+                "floor": None if given else "floor",
+                "T": p.T,
+            },
+            {
+                "d_inverse": ("d_inverse", Spec(self.rows, "float32")),
+                "delta": ("delta", Spec(self.rows, "float32")),
+            },
+            self.heads * self.NT * (self.L // tile.BT),
+            tile,
+            "BT BV",
+            V=p.V,
+            UNIT=unit,
+            EPS=p.eps,
+            EXACT=p.normalizer_grad == "exact" and not given,
+            D_GIVEN=given is not None,
+            BTHD=p.layout == "bthd",
+        )
+
+    def keys(self, of_keys: bool) -> Launch:
+        """dq with the row sums, or dk with the column sums."""
+        p, tile = self.p, self.config.keys
+        x, y, xv, yv = ("k", "q", "v", "dh") if of_keys else ("q", "k", "dh", "v")
+        strided, unit = self._strided(("x", x), ("y", y), ("xv", xv), ("yv", yv))
+        tiles = cdiv(p.K, tile.BK)
+        n_sums = (2 if of_keys else 3) * tiles
+        return self._launch(
+            mix_keys,
+            {
+                **strided,
+                **{name: name for name in GATES},
+                "d_inverse": "d_inverse",
+                "delta": "delta",
+                "states": "dstates" if of_keys else "states",
+                "norms": "dnorms" if of_keys else "norms",
+                "T": p.T,
+            },
+            {
+                "out": ("dk" if of_keys else "dq", self._token_spec(p.K, p.dtype)),
+                "sums": (
+                    "col_sums" if of_keys else "row_sums",
+                    Spec((p.B, p.H, n_sums, self.NT * self.L), "float32"),
+                ),
+            },
+            self.heads * self.NT * (self.L // tile.BT) * tiles,
+            tile,
+            "BT BS BK BV",
+            K=p.K,
+            V=p.V,
+            UNIT=unit,
+            SCALE=p.scale,
+            KEYS=of_keys,
+            BTHD=p.layout == "bthd",
+            BF16=p.dtype == "bfloat16",
+            PRECISION=self.precision,
+        )
+
+    def gates_gradient(self, has_dlast: bool) -> Launch:
+        """di, df and the initial stabiliser's gradient."""
+        p = self.p
+        sb, sh, st = self.strides["f"]
+        scan, keys = self.config.state, self.config.keys
+        return self._launch(
+            gates_backward,
+            {
+                "f": "f",
+                "f_sb": sb,
+                "f_sh": sh,
+                "f_st": st,
+                "ends": "ends",
+                "r": "r",
+                "delta": "delta",
+                "rows": "row_sums",
+                "cols": "col_sums",
+                "inner": "inner",
+                "dm_last": "dm_last" if has_dlast else None,
+                "picked": "picked",
+                "T": p.T,
+            },
+            {
+                "di": ("di", self._token_spec(None, p.i_dtype)),
+                "df": ("df", self._token_spec(None, p.f_dtype)),
+                "dm_initial": ("dm_initial", Spec((p.B, p.H), "float32")),
+            },
+            self.heads * self.NT,
+            Tile(0, 0, 0, 0, num_warps=max(1, min(4, self.L // 32)), num_stages=1),
+            NKT=cdiv(p.K, keys.BK),
+            NP=cdiv(p.K, scan.BK) * cdiv(p.V, scan.BV),
+            EPS=p.eps,
+            HAS_DLAST=has_dlast,
+            BTHD=p.layout == "bthd",
+        )
+
+    def _token_spec(self, dim: int | None, dtype: str) -> Spec:
+        p = self.p
+        tokens = (p.B, p.T, p.H) if p.layout == "bthd" else (p.B, p.H, p.T)
+        return Spec(tokens if dim is None else (*tokens, dim), dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def forward_pass(problem: Problem) -> Pass:
+    """h, the last states, and what the backward pass reads."""
+    b = Builder(problem)
+    inputs = ("q", "k", "v", "i", "f", *(INITIAL if problem.has_initial else ()))
+    return Pass((b.gates(), b.state_forward(), b.values(backward=False)), inputs, (*SAVED, "m_last"))
+
+
+@functools.lru_cache(maxsize=1024)
+def backward_pass(problem: Problem, dh_strides: Strides | None = None, has_dlast: bool = False) -> Pass:
+    """All gradients. `has_dlast`: cotangents of the last states are given (all three)."""
+    b = Builder(problem)
+    b.strides["dh"] = dh_strides or contiguous_strides(problem.H, problem.T, problem.V, problem.layout)
+    launches = (
+        b.normaliser(),
+        b.state_backward(has_dlast, has_dlast),
+        b.keys(of_keys=False),
+        b.keys(of_keys=True),
+        b.values(backward=True),
+        b.gates_gradient(has_dlast),
+    )
+    initial = problem.has_initial
+    inputs = (
+        *("q", "k", "v", "f", "dh"),
+        *SAVED,
+        *(INITIAL[:2] if initial else ()),
+        *(("dc_last", "dn_last", "dm_last") if has_dlast else ()),
+    )
+    return Pass(launches, inputs, (*GRADIENTS, *(GRADIENTS_INITIAL if initial else ())))

@@ -1,0 +1,46 @@
+"""What a call asks for, as a hashable value: shapes, dtypes, strides and options. No arrays, no framework."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Strides = tuple[int, int, int]
+
+MAX_HEAD_DIM = 512
+MIN_CHUNK, MAX_CHUNK = 16, 512
+INPUT_DTYPES = ("float32", "bfloat16", "float16")
+GATE_DTYPES = (*INPUT_DTYPES, "float64")
+LAYOUTS = ("bhtd", "bthd")
+NORMALIZER_GRADS = ("exact", "detached")
+PRECISIONS = ("ieee", "tf32x3", "tf32")
+BACKENDS = ("triton", "interpret", "reference", "auto")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of the operator. Strides are those of the (batch, head, token) axes, in elements."""
+
+    B: int
+    H: int
+    T: int
+    K: int
+    V: int
+    dtype: str  # of q, k, v
+    i_dtype: str
+    f_dtype: str
+    strides: tuple[tuple[str, Strides], ...]  # of q, k, v, i, f
+    layout: str
+    scale: float
+    eps: float
+    chunk_size: int | None
+    normalizer_grad: str
+    precision: str
+    has_initial: bool
+
+    def stride(self, name: str) -> Strides:
+        return dict(self.strides)[name]
+
+
+def contiguous_strides(H: int, T: int, D: int, layout: str) -> Strides:
+    """(batch, head, token) strides of a contiguous tensor with D elements per token, in either layout."""
+    return (T * H * D, D, H * D) if layout == "bthd" else (H * T * D, T * D, D)
