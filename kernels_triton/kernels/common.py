@@ -25,8 +25,10 @@ def operand(x, BF16: tl.constexpr):
     float16 inputs go through float32 (tf32) products: gate weights and states exceed float16's range.
     """
     if BF16:
-        return x.to(tl.bfloat16)
-    return x.to(tl.float32)
+        y = x.to(tl.bfloat16)
+    else:
+        y = x.to(tl.float32)
+    return y
 
 
 @triton.jit
@@ -63,8 +65,10 @@ def store_tile(x, value, o_row, row_stride, n_rows, o_col, COLS: tl.constexpr, B
 def load_vector(x, o, N: tl.constexpr, BLOCK: tl.constexpr):
     """x[o], zeros from N on."""
     if N % BLOCK != 0:
-        return tl.load(x + o, mask=o < N, other=0.0)
-    return tl.load(x + o)
+        b_x = tl.load(x + o, mask=o < N, other=0.0)
+    else:
+        b_x = tl.load(x + o)
+    return b_x
 
 
 @triton.jit

@@ -82,16 +82,16 @@ def mix_keys(
     if KEYS:
         x_hi = tl.load(p_c + t_x)
         x_lo = tl.load(p_c + padded + t_x)
-        b_w = exp2_difference(x_hi, x_lo, tl.load(p_end + 2 * n_chunks), tl.load(p_end + 3 * n_chunks))
-        b_out = (b_out + b_norm[None, :]) * b_w[:, None]
+        b_factor = exp2_difference(x_hi, x_lo, tl.load(p_end + 2 * n_chunks), tl.load(p_end + 3 * n_chunks))
+        b_out = (b_out + b_norm[None, :]) * b_factor[:, None]
         begin = first // BS * BS
         stop = tl.minimum(n * L + L, T)
     else:
         x_hi = tl.load(p_a + t_x)
         x_lo = tl.load(p_a + padded + t_x)
-        b_w = exp2_difference(tl.load(p_end), tl.load(p_end + n_chunks), x_hi, x_lo) * SCALE
+        b_factor = exp2_difference(tl.load(p_end), tl.load(p_end + n_chunks), x_hi, x_lo) * SCALE
         b_out = b_out * tl.load(p_inverse + t_x)[:, None] + tl.load(p_delta + t_x)[:, None] * b_norm[None, :]
-        b_out = b_out * b_w[:, None]
+        b_out = b_out * b_factor[:, None]
         begin = n * L
         stop = tl.minimum(first + BT, T)
     b_inter = tl.sum(b_x.to(tl.float32) * b_out, 1)

@@ -78,17 +78,17 @@ def mix_values(
     if BACKWARD:
         x_hi = tl.load(p_c + t_x)
         x_lo = tl.load(p_c + padded + t_x)
-        b_w = exp2_difference(x_hi, x_lo, tl.load(p_end + 2 * n_chunks), tl.load(p_end + 3 * n_chunks))
+        b_factor = exp2_difference(x_hi, x_lo, tl.load(p_end + 2 * n_chunks), tl.load(p_end + 3 * n_chunks))
         begin = first // BS * BS
         stop = tl.minimum(n * L + L, T)
     else:
         x_hi = tl.load(p_a + t_x)
         x_lo = tl.load(p_a + padded + t_x)
-        b_w = exp2_difference(tl.load(p_end), tl.load(p_end + n_chunks), x_hi, x_lo) * SCALE
+        b_factor = exp2_difference(tl.load(p_end), tl.load(p_end + n_chunks), x_hi, x_lo) * SCALE
         begin = n * L
         stop = tl.minimum(first + BT, T)
-    b_out *= b_w[:, None]
-    b_r *= b_w
+    b_out *= b_factor[:, None]
+    b_r *= b_factor
 
     # What the tokens of the chunk add.
     for y0 in range(begin, stop, BS):

@@ -1,0 +1,78 @@
+"""Runs a pass on JAX arrays: through jax-triton on a GPU, or through a callback into the shared interpreter executor."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_triton import interpreter
+from kernels_triton.launch import Pass, Spec
+
+Arrays = dict[str, jax.Array]
+
+
+def _struct(spec: Spec) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype))
+
+
+@functools.cache
+def _triton_call() -> tuple[Callable[..., Any], str, dict[str, Any]]:
+    """jax-triton's call, its name for the outputs and its way to state fp fusion: both differ between 0.3 and 0.4."""
+    cache_dir = os.environ.get("TRITON_CACHE_DIR")
+    try:
+        import jax_triton
+    finally:  # importing jax-triton clears the variable, and the next launch by torch in this process would fail
+        os.environ.pop("TRITON_CACHE_DIR", None)
+        if cache_dir is not None:
+            os.environ["TRITON_CACHE_DIR"] = cache_dir
+    names = inspect.signature(jax_triton.triton_call).parameters
+    fusion = {"enable_fp_fusion": True}
+    options = fusion if "enable_fp_fusion" in names else {"backend_options": fusion}
+    return jax_triton.triton_call, "out_type" if "out_type" in names else "out_shape", options
+
+
+def launch_all(program: Pass, arrays: Mapping[str, jax.Array], compute_capability: int | None = None) -> Arrays:
+    """Every launch as a jax-triton call. compute_capability: compile for that GPU, where the machine has none."""
+    call, out_keyword, options = _triton_call()
+    if compute_capability is not None:
+        options = {**options, "compute_capability": compute_capability}
+    env = {name: arrays[name] for name in program.inputs}
+    for launch in program.launches:
+        outputs = call(
+            *(env[x] if isinstance(x, str) else x for x in launch.operands.values()),
+            kernel=launch.kernel,
+            grid=(launch.grid,),
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            **{out_keyword: tuple(_struct(spec) for _, spec in launch.outputs.values())},
+            **options,
+            **launch.constexprs,
+        )
+        env.update(zip((buffer for buffer, _ in launch.outputs.values()), outputs, strict=True))
+    return {name: env[name] for name in program.results}
+
+
+def _interpret(program: Pass, arrays: Mapping[str, jax.Array]) -> Arrays:
+    def on_host(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        hosts = {}
+        for name, x in inputs.items():
+            host = np.ascontiguousarray(x)
+            hosts[name] = interpreter.HostArray(host.ctypes.data, host.dtype.name, host)
+        raw = interpreter.run(program, hosts)
+        return {name: x.view(outputs[name].dtype)[..., 0] for name, x in raw.items() if name in outputs}
+
+    # A result that is also an input (none today) would have no spec.
+    outputs = {name: _struct(program.spec(name)) for name in program.results}
+    return jax.pure_callback(on_host, outputs, {name: arrays[name] for name in program.inputs})
+
+
+def run(program: Pass, arrays: Mapping[str, jax.Array], backend: str) -> Arrays:
+    """Execute a pass on contiguous arrays."""
+    return (_interpret if backend == "interpret" else launch_all)(program, arrays)

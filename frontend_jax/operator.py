@@ -1,0 +1,180 @@
+"""The operator for JAX: argument checks, custom_vjp, and the choice of backend. No numerics of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Float32
+
+from kernels_triton import reference
+from kernels_triton.backend import choose_backend
+from kernels_triton.problem import Problem
+from kernels_triton.validation import ArrayInfo, check_call
+
+States = tuple[Float32[Array, "B H K V"], Float32[Array, "B H K"], Float32[Array, "B H"]]
+NAMES = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial")
+Arrays = dict[str, Array]
+
+
+def describe(name: str, x: Any) -> ArrayInfo | None:
+    """An array's facts for the shared checks. JAX itself refuses arrays of different devices."""
+    if x is None:
+        return None
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"{name}: expected a jax.Array, got {type(x).__name__}")
+    return ArrayInfo(tuple(x.shape), jnp.dtype(x.dtype).name, "")
+
+
+def platform_of(x: Any) -> str:
+    """Where x is computed: its device's platform, or under a transformation the default device's."""
+    devices = None if isinstance(x, jax.core.Tracer) or not isinstance(x, Array) else x.devices()
+    device = next(iter(devices)) if devices else jax.config.jax_default_device or jax.devices()[0]
+    if isinstance(device, str):
+        return device
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What is fixed at trace time."""
+
+    problem: Problem
+    backend: str
+    return_last_states: bool
+
+
+def _forward(static: _Static, arrays: Arrays) -> tuple[Any, Arrays]:
+    from kernels_triton import plan
+
+    from .executor import run
+
+    results = run(plan.forward_pass(static.problem), arrays, static.backend)
+    saved = {name: x for name, x in arrays.items() if name not in ("i", "m_initial")}
+    saved.update((name, results[name]) for name in plan.SAVED)
+    last = tuple(results[name] for name in plan.LAST)
+    return ((results["h"], last) if static.return_last_states else results["h"]), saved
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunkwise(static: _Static, arrays: Arrays) -> Any:
+    return _forward(static, arrays)[0]
+
+
+def _backward(static: _Static, saved: Arrays, cotangents: Any) -> tuple[Arrays]:
+    from kernels_triton import plan
+
+    from .executor import run
+
+    env = dict(saved)
+    if static.return_last_states:
+        env["dh"], dlast = cotangents
+        env.update((f"d{name}", x) for name, x in zip(plan.LAST, dlast, strict=True))
+    else:
+        env["dh"] = cotangents
+    results = run(plan.backward_pass(static.problem, None, static.return_last_states), env, static.backend)
+    return ({name.removeprefix("d"): x for name, x in results.items()},)
+
+
+_chunkwise.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _reference(static: _Static, arrays: Arrays) -> Any:
+    problem = static.problem
+    q, k, v, i, f = (arrays[name] for name in NAMES[:5])
+    if problem.layout == "bthd":
+        q, k, v, i, f = (x.swapaxes(1, 2) for x in (q, k, v, i, f))
+    head = (problem.B, problem.H)
+    shapes = {"c_initial": (*head, problem.K, problem.V), "n_initial": (*head, problem.K), "m_initial": head}
+    states = (arrays[name] if name in arrays else jnp.zeros(shape, jnp.float32) for name, shape in shapes.items())
+    with jax.default_matmul_precision("float32"):
+        h, last = reference.chunkwise(
+            *(x.astype(jnp.float32) for x in (q, k, v, i, f)),
+            *states,
+            chunk_size=problem.chunk_size or 64,
+            scale=problem.scale,
+            eps=problem.eps,
+            normalizer_grad=problem.normalizer_grad,
+            stop_gradient=jax.lax.stop_gradient,
+            scan=jax.lax.scan,
+        )
+    h = h.astype(v.dtype)
+    h = h.swapaxes(1, 2) if problem.layout == "bthd" else h
+    return (h, last) if static.return_last_states else h
+
+
+def mlstm_chunkwise(
+    q: Float[Array, "B _ _ K"],
+    k: Float[Array, "B _ _ K"],
+    v: Float[Array, "B _ _ V"],
+    i: Float[Array, "B _ _"],
+    f: Float[Array, "B _ _"],
+    c_initial: Float32[Array, "B H K V"] | None = None,
+    n_initial: Float32[Array, "B H K"] | None = None,
+    m_initial: Float32[Array, "B H"] | Float32[Array, "B H 1"] | None = None,
+    return_last_states: bool = False,
+    eps: float = 1e-6,
+    chunk_size: int | None = None,
+    *,
+    qk_scale: float | None = None,
+    normalizer_grad: Literal["exact", "detached"] = "exact",
+    layout: Literal["bhtd", "bthd"] = "bhtd",
+    precision: Literal["ieee", "tf32x3", "tf32"] = "ieee",
+    backend: Literal["triton", "interpret", "reference", "auto"] = "auto",
+) -> Float[Array, "B _ _ V"] | tuple[Float[Array, "B _ _ V"], States]:
+    """The mLSTM over a whole sequence, chunk by chunk, differentiable in all eight arrays.
+
+    h_t = C_t^T (s q_t) / (max(|n_t . s q_t|, exp(-m_t)) + eps), with C_t = f' C_{t-1} + i' k_t v_t^T, n_t alike, and
+    exponential input gate and sigmoid forget gate stabilised by m_t (Beck et al. 2024, arXiv:2405.04517; chunkwise form:
+    Beck et al. 2025, arXiv:2503.14376). Equations and gradients: docs/architecture.md.
+
+    Args:
+        q, k: queries and keys, (B, H, T, K) or with layout="bthd" (B, T, H, K); float32, bfloat16 or float16.
+        v: values, (B, H, T, V) or (B, T, H, V), in the dtype of q. 1 <= K, V <= 512, T >= 1.
+        i, f: input and forget gate pre-activations (natural-log units), (B, H, T) or (B, T, H); any float dtype,
+            computed in float32 or better.
+        c_initial, n_initial, m_initial: state before the first token, (B, H, K, V), (B, H, K), (B, H) or (B, H, 1),
+            float32; all three or none (then zeros).
+        return_last_states: also return the state after the last token.
+        eps: added to the normaliser.
+        chunk_size: tokens per chunk, a power of two from 16 to 512; None: the best for the shape. Same result to rounding.
+        qk_scale: s above; None: K ** -0.5.
+        normalizer_grad: "exact", or "detached": the normaliser is a constant in the backward pass, as in mlstm-kernels
+            (right only if a scale-invariant norm follows h).
+        layout: axis order of q, k, v, i, f and h. Both are read in place.
+        precision: of products of float32 inputs: "ieee", "tf32x3" or "tf32".
+        backend: "triton" (CUDA or ROCm device), "interpret" (the same kernels on a CPU under TRITON_INTERPRET=1, slow),
+            "reference" (native operations, any device), "auto" (triton on a GPU, else reference).
+
+    All arguments but the arrays are static: Python values, fixed when a function is traced.
+
+    Returns:
+        h like v; with return_last_states (h, (c_last, n_last, m_last)), states float32 as the initial ones, m (B, H).
+
+    Raises:
+        TypeError, ValueError: the argument, what was expected and what came; before anything is launched.
+    """
+    given: Mapping[str, Any] = dict(zip(NAMES, (q, k, v, i, f, c_initial, n_initial, m_initial), strict=True))
+    problem = check_call(
+        {name: describe(name, x) for name, x in given.items()},
+        eps=eps,
+        chunk_size=chunk_size,
+        qk_scale=qk_scale,
+        normalizer_grad=normalizer_grad,
+        layout=layout,
+        precision=precision,
+        backend=backend,
+    )
+    static = _Static(problem, choose_backend(backend, platform_of(q)), return_last_states)
+    arrays = {name: jnp.asarray(x) for name, x in given.items() if x is not None}
+    if "m_initial" in arrays:
+        arrays["m_initial"] = arrays["m_initial"].reshape(problem.B, problem.H)
+    return (_reference if static.backend == "reference" else _chunkwise)(static, arrays)

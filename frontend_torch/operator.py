@@ -1,0 +1,194 @@
+"""The operator for PyTorch: argument checks, autograd, and the choice of backend. No numerics of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels_triton import reference
+from kernels_triton.backend import choose_backend
+from kernels_triton.problem import Problem, Strides
+from kernels_triton.validation import ArrayInfo, check_call
+
+from .executor import dtype_name
+
+if TYPE_CHECKING:
+    from torch.autograd.function import FunctionCtx
+
+States = tuple[Float32[Tensor, "B H K V"], Float32[Tensor, "B H K"], Float32[Tensor, "B H"]]
+NAMES = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial")
+
+
+def describe(name: str, x: Any) -> ArrayInfo | None:
+    """A tensor's facts for the shared checks."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    return ArrayInfo(tuple(x.shape), dtype_name(x.dtype), str(x.device))
+
+
+def readable(x: Tensor) -> Tensor:
+    """x itself if its last axis is contiguous, else a contiguous copy."""
+    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def head_strides(x: Tensor, layout: str) -> Strides:
+    """Strides of the batch, head and token axes. An axis of size 1 is never stepped along: its stride counts as 0."""
+    b, s1, s2 = (stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+    return (b, s2, s1) if layout == "bthd" else (b, s1, s2)
+
+
+class _Chunkwise(torch.autograd.Function):
+    """The kernels' forward and backward pass. Tensors are (B, H, T, ...) or (B, T, H, ...) as the problem's layout says."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, backend: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        from kernels_triton import plan
+
+        from .executor import run
+
+        env = {name: x for name, x in zip(NAMES, tensors, strict=True) if x is not None}
+        results = run(plan.forward_pass(problem), env, backend)
+        saved = {**{name: x for name, x in env.items() if name not in ("i", "m_initial")}, **results}
+        saved.pop("m_last")
+        ctx.problem, ctx.backend, ctx.names = problem, backend, tuple(saved)
+        ctx.save_for_backward(*saved.values())
+        ctx.set_materialize_grads(False)
+        return tuple(results[name] for name in ("h", *plan.LAST))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *cotangents: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        from kernels_triton import plan
+
+        from .executor import run
+
+        problem: Problem = ctx.problem  # type: ignore[attr-defined]
+        env = dict(zip(ctx.names, ctx.saved_tensors, strict=True))  # type: ignore[attr-defined]
+        dh, *dlast = cotangents
+        env["dh"] = torch.zeros_like(env["h"]) if dh is None else readable(dh)
+        has_dlast = any(x is not None for x in dlast)
+        if has_dlast:
+            head = (problem.B, problem.H)
+            shapes = ((*head, problem.K, problem.V), (*head, problem.K), head)
+            for name, shape, x in zip(plan.LAST, shapes, dlast, strict=True):
+                env[f"d{name}"] = env["q"].new_zeros(shape, dtype=torch.float32) if x is None else x.contiguous()
+        program = plan.backward_pass(problem, head_strides(env["dh"], problem.layout), has_dlast)
+        results = run(program, env, ctx.backend)  # type: ignore[attr-defined]
+        return (None, None, *(results.get(f"d{name}") for name in NAMES))
+
+
+def _reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, States]:
+    q, k, v, i, f, *states = tensors
+    assert q is not None and k is not None and v is not None and i is not None and f is not None
+    if problem.layout == "bthd":
+        q, k, v, i, f = (x.transpose(1, 2) for x in (q, k, v, i, f))
+    q, k, i, f = (x.to(torch.float32) for x in (q, k, i, f))
+    head = (problem.B, problem.H)
+    shapes = ((*head, problem.K, problem.V), (*head, problem.K), head)
+    c, n, m = (q.new_zeros(shape) if x is None else x for shape, x in zip(shapes, states, strict=True))
+    h, last = reference.chunkwise(
+        *(q, k, v.to(torch.float32), i, f, c, n, m),
+        chunk_size=problem.chunk_size or 64,
+        scale=problem.scale,
+        eps=problem.eps,
+        normalizer_grad=problem.normalizer_grad,
+        stop_gradient=Tensor.detach,
+    )
+    h = h.to(v.dtype)
+    return (h.transpose(1, 2) if problem.layout == "bthd" else h), last
+
+
+def _kernels(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, States]:
+    tensors = tuple(
+        x if x is None else (readable(x) if name in ("q", "k", "v") else x if name in ("i", "f") else x.contiguous())
+        for name, x in zip(NAMES, tensors, strict=True)
+    )
+    strides = {name: head_strides(x, problem.layout) for name, x in zip(NAMES[:5], tensors, strict=False) if x is not None}
+    # A (B, H, T, D) view of (B, T, H, D) memory, as models make it: outputs and gradients get that memory order too.
+    _, sh, st = strides["v"]
+    transposed = problem.layout == "bhtd" and 0 < sh < st
+    if transposed:
+        tensors = tuple(x.transpose(1, 2) if x is not None and n < 5 else x for n, x in enumerate(tensors))
+    layout = "bthd" if transposed else problem.layout
+    problem = dataclasses.replace(problem, strides=tuple(strides.items()), layout=layout)
+    h, c, n, m = _Chunkwise.apply(problem, backend, *tensors)
+    return (h.transpose(1, 2) if transposed else h), (c, n, m)
+
+
+def mlstm_chunkwise(
+    q: Float[Tensor, "B _ _ K"],
+    k: Float[Tensor, "B _ _ K"],
+    v: Float[Tensor, "B _ _ V"],
+    i: Float[Tensor, "B _ _"],
+    f: Float[Tensor, "B _ _"],
+    c_initial: Float32[Tensor, "B H K V"] | None = None,
+    n_initial: Float32[Tensor, "B H K"] | None = None,
+    m_initial: Float32[Tensor, "B H"] | Float32[Tensor, "B H 1"] | None = None,
+    return_last_states: bool = False,
+    eps: float = 1e-6,
+    chunk_size: int | None = None,
+    *,
+    qk_scale: float | None = None,
+    normalizer_grad: Literal["exact", "detached"] = "exact",
+    layout: Literal["bhtd", "bthd"] = "bhtd",
+    precision: Literal["ieee", "tf32x3", "tf32"] = "ieee",
+    backend: Literal["triton", "interpret", "reference", "auto"] = "auto",
+) -> Float[Tensor, "B _ _ V"] | tuple[Float[Tensor, "B _ _ V"], States]:
+    """The mLSTM over a whole sequence, chunk by chunk, differentiable in all eight arrays.
+
+    h_t = C_t^T (s q_t) / (max(|n_t . s q_t|, exp(-m_t)) + eps), with C_t = f' C_{t-1} + i' k_t v_t^T, n_t alike, and
+    exponential input gate and sigmoid forget gate stabilised by m_t (Beck et al. 2024, arXiv:2405.04517; chunkwise form:
+    Beck et al. 2025, arXiv:2503.14376). Equations and gradients: docs/architecture.md.
+
+    Args:
+        q, k: queries and keys, (B, H, T, K) or with layout="bthd" (B, T, H, K); float32, bfloat16 or float16.
+        v: values, (B, H, T, V) or (B, T, H, V), in the dtype of q. 1 <= K, V <= 512, T >= 1.
+        i, f: input and forget gate pre-activations (natural-log units), (B, H, T) or (B, T, H); any float dtype,
+            computed in float32 or better.
+        c_initial, n_initial, m_initial: state before the first token, (B, H, K, V), (B, H, K), (B, H) or (B, H, 1),
+            float32; all three or none (then zeros).
+        return_last_states: also return the state after the last token.
+        eps: added to the normaliser.
+        chunk_size: tokens per chunk, a power of two from 16 to 512; None: the best for the shape. Same result to rounding.
+        qk_scale: s above; None: K ** -0.5.
+        normalizer_grad: "exact", or "detached": the normaliser is a constant in the backward pass, as in mlstm-kernels
+            (right only if a scale-invariant norm follows h).
+        layout: axis order of q, k, v, i, f and h. Both are read in place.
+        precision: of products of float32 inputs: "ieee", "tf32x3" or "tf32".
+        backend: "triton" (CUDA or ROCm device), "interpret" (the same kernels on a CPU under TRITON_INTERPRET=1, slow),
+            "reference" (native operations, any device), "auto" (triton on a GPU, else reference).
+
+    Returns:
+        h like v; with return_last_states (h, (c_last, n_last, m_last)), states float32 as the initial ones, m (B, H).
+
+    Raises:
+        TypeError, ValueError: the argument, what was expected and what came; before anything is launched.
+    """
+    arrays = dict(zip(NAMES, (q, k, v, i, f, c_initial, n_initial, m_initial), strict=True))
+    problem = check_call(
+        {name: describe(name, x) for name, x in arrays.items()},
+        eps=eps,
+        chunk_size=chunk_size,
+        qk_scale=qk_scale,
+        normalizer_grad=normalizer_grad,
+        layout=layout,
+        precision=precision,
+        backend=backend,
+    )
+    platform = "rocm" if q.device.type == "cuda" and torch.version.hip else q.device.type
+    backend_used = choose_backend(backend, platform)
+    if m_initial is not None:
+        arrays["m_initial"] = m_initial.reshape(problem.B, problem.H)
+    tensors = tuple(arrays.values())
+    if backend_used == "reference":
+        h, last = _reference(problem, tensors)
+    else:
+        h, last = _kernels(problem, backend_used, tensors)
+    return (h, last) if return_last_states else h

@@ -1,0 +1,138 @@
+"""The operator, readable: the recurrence, and its chunkwise form, against the array API standard (torch and jax.numpy).
+
+Differentiable by the framework's own autodiff; in float64 it is what everything else is held against.
+Shapes: q, k (B, H, T, K); v (B, H, T, V); i, f (B, H, T) pre-activations; c (B, H, K, V); n (B, H, K); m (B, H).
+Mathematics: m_t = max(log f_t + m_{t-1}, i_t) keeps exponentials at most 1; only c e^m and n e^m have meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import array_api_compat
+
+Array = Any
+Scan = Callable[[Callable[[Any, Any], tuple[Any, Array]], Any, Sequence[Array]], tuple[Any, Array]]
+
+
+def log_sigmoid(xp: Any, x: Array) -> Array:
+    """-log(1 + exp(-x)) without overflow; a closed gate of -inf counts as -1e6 so that sums stay finite."""
+    x = xp.where(x < -1e6, xp.asarray(-1e6, dtype=x.dtype), x)
+    return -xp.logaddexp(xp.zeros_like(x), -x)
+
+
+def _normaliser(xp: Any, r: Array, m: Array, eps: float, normalizer_grad: str, stop_gradient: Callable) -> Array:
+    d = xp.maximum(xp.abs(r), xp.exp(-m)) + eps
+    return stop_gradient(d) if normalizer_grad == "detached" else d
+
+
+def recurrent(
+    q: Array,
+    k: Array,
+    v: Array,
+    i: Array,
+    f: Array,
+    c: Array,
+    n: Array,
+    m: Array,
+    *,
+    scale: float,
+    eps: float,
+    normalizer_grad: str,
+    stop_gradient: Callable[[Array], Array],
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    """Token by token. Returns h (B, H, T, V) and the last (c, n, m)."""
+    xp = array_api_compat.array_namespace(q)
+    log_f = log_sigmoid(xp, f)
+    hs = []
+    for t in range(q.shape[2]):
+        m_new = xp.maximum(log_f[:, :, t] + m, i[:, :, t])
+        keep = xp.exp(log_f[:, :, t] + m - m_new)
+        add = xp.exp(i[:, :, t] - m_new)
+        k_t, v_t, q_t = k[:, :, t, :], v[:, :, t, :], q[:, :, t, :] * scale
+        c = keep[:, :, None, None] * c + add[:, :, None, None] * k_t[:, :, :, None] * v_t[:, :, None, :]
+        n = keep[:, :, None] * n + add[:, :, None] * k_t
+        m = m_new
+        # h does not depend on how (c, n, m) is scaled: m is a constant here, and `one` carries what that leaves out.
+        m_const = stop_gradient(m)
+        one = xp.exp(m - m_const)
+        num = xp.sum(q_t[:, :, :, None] * c, axis=2) * one[:, :, None]
+        r = xp.sum(q_t * n, axis=2) * one
+        d = _normaliser(xp, r, m_const, eps, normalizer_grad, stop_gradient)
+        hs.append(num / d[:, :, None])
+    return xp.stack(hs, axis=2), (c, n, m)
+
+
+def python_scan(step: Callable, carry: Any, xs: Sequence[Array]) -> tuple[Any, Array]:
+    """The meaning of `lax.scan` over the first axis, as a loop."""
+    xp = array_api_compat.array_namespace(xs[0])
+    ys = []
+    for n in range(xs[0].shape[0]):
+        carry, y = step(carry, tuple(x[n] for x in xs))
+        ys.append(y)
+    return carry, xp.stack(ys)
+
+
+def chunkwise(
+    q: Array,
+    k: Array,
+    v: Array,
+    i: Array,
+    f: Array,
+    c: Array,
+    n: Array,
+    m: Array,
+    *,
+    chunk_size: int,
+    scale: float,
+    eps: float,
+    normalizer_grad: str,
+    stop_gradient: Callable[[Array], Array],
+    scan: Scan = python_scan,
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    """Chunk by chunk: attention inside a chunk, a state between chunks. Same result as `recurrent` to rounding."""
+    xp = array_api_compat.array_namespace(q)
+    B, H, T, _ = q.shape
+    L = min(chunk_size, T)
+    n_chunks = -(-T // L)
+    log_f = log_sigmoid(xp, f)
+    o = xp.arange(L, device=array_api_compat.device(q)) if array_api_compat.is_torch_array(q) else xp.arange(L)
+    causal = o[None, :] <= o[:, None]
+
+    def chunks(x: Array, fill: float) -> Array:
+        """(B, H, T, ...) -> (n_chunks, B, H, L, ...), the tail filled."""
+        missing = n_chunks * L - T
+        if missing:
+            tail = xp.zeros_like(x[:, :, :1, ...]) + fill
+            x = xp.concat([x, *[tail] * missing], axis=2)
+        x = xp.reshape(x, (B, H, n_chunks, L, *x.shape[3:]))
+        return xp.moveaxis(x, 2, 0)
+
+    def step(state: tuple[Array, Array, Array], chunk: tuple[Array, ...]) -> tuple[Any, Array]:
+        c, n, m = state
+        q_c, k_c, v_c, i_c, log_f_c = chunk
+        b = xp.cumulative_sum(log_f_c, axis=-1)  # [B, H, L]
+        log_d = b[..., :, None] - b[..., None, :] + i_c[..., None, :]
+        log_d = xp.where(causal, log_d, xp.asarray(-float("inf"), dtype=q.dtype))
+        m_row = stop_gradient(xp.maximum(b + m[..., None], xp.max(log_d, axis=-1)))  # h is independent of it
+        s = (q_c @ xp.matrix_transpose(k_c)) * scale * xp.exp(log_d - m_row[..., None])
+        from_state = xp.exp(b + m[..., None] - m_row) * scale
+        num = s @ v_c + from_state[..., None] * (q_c @ c)
+        r = xp.sum(s, axis=-1) + from_state * xp.sum(q_c * n[..., None, :], axis=-1)
+        h = num / _normaliser(xp, r, m_row, eps, normalizer_grad, stop_gradient)[..., None]
+
+        total = b[..., -1]
+        log_a = total[..., None] - b + i_c
+        m_new = xp.maximum(total + m, xp.max(log_a, axis=-1))
+        keep = xp.exp(total + m - m_new)
+        k_a = k_c * xp.exp(log_a - m_new[..., None])[..., None]
+        c = keep[..., None, None] * c + xp.matrix_transpose(k_a) @ v_c
+        n = keep[..., None] * n + xp.sum(k_a, axis=-2)
+        return (c, n, m_new), h
+
+    # The tail remembers everything (log f = 0) and adds nothing (i = -inf, but finite).
+    xs = (chunks(q, 0.0), chunks(k, 0.0), chunks(v, 0.0), chunks(i, -1e30), chunks(log_f, 0.0))
+    state, hs = scan(step, (c, n, m), xs)
+    h = xp.reshape(xp.moveaxis(hs, 0, 2), (B, H, n_chunks * L, v.shape[-1]))
+    return h[:, :, :T, :], state

@@ -1,0 +1,166 @@
+"""Every check of a call's arguments, and its error message. Runs before any launch, on shapes and dtypes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .problem import (
+    BACKENDS,
+    GATE_DTYPES,
+    INPUT_DTYPES,
+    LAYOUTS,
+    MAX_CHUNK,
+    MAX_HEAD_DIM,
+    MIN_CHUNK,
+    NORMALIZER_GRADS,
+    PRECISIONS,
+    Problem,
+    Strides,
+    contiguous_strides,
+)
+
+STATES = ("c_initial", "n_initial", "m_initial")
+
+
+@dataclass(frozen=True)
+class ArrayInfo:
+    """What the checks need to know of an array."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError unless value is one of the allowed strings."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _shape(name: str, info: ArrayInfo, symbols: str, expected: tuple[int, ...]) -> None:
+    if info.shape != expected:
+        raise ValueError(f"{name}: expected shape ({symbols}) = {expected}, got {info.shape}")
+
+
+def _dtype(name: str, info: ArrayInfo, allowed: tuple[str, ...]) -> None:
+    if info.dtype not in allowed:
+        raise TypeError(f"{name}: expected dtype {' or '.join(allowed)}, got {info.dtype}")
+
+
+def _number(name: str, value: Any, minimum: float = -math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a Python number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < minimum:
+        at_least = "" if minimum == -math.inf else f" >= {minimum}"
+        raise ValueError(f"{name}: expected a finite number{at_least}, got {value}")
+    return float(value)
+
+
+def check_chunk_size(chunk_size: Any, name: str = "chunk_size") -> None:
+    """None, or a power of two from 16 to 512."""
+    if chunk_size is None:
+        return
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+        raise TypeError(f"{name}: expected an int or None, got {type(chunk_size).__name__}")
+    if not MIN_CHUNK <= chunk_size <= MAX_CHUNK or chunk_size & (chunk_size - 1):
+        raise ValueError(f"{name}: expected a power of two from {MIN_CHUNK} to {MAX_CHUNK}, got {chunk_size}")
+
+
+def check_call(
+    arrays: Mapping[str, ArrayInfo | None],
+    *,
+    eps: float,
+    chunk_size: int | None,
+    qk_scale: float | None,
+    normalizer_grad: str,
+    layout: str,
+    precision: str,
+    backend: str,
+    strides: Mapping[str, Strides] | None = None,
+) -> Problem:
+    """The problem that valid arguments describe.
+
+    arrays: q, k, v, i, f and the three initial states (None where absent). strides: (batch, head, token) strides in
+    elements of q, k, v, i, f; contiguous in `layout` if None.
+    Raises TypeError (kind of value, dtype) or ValueError (rank, shape, option, device, missing state), with the argument's
+    name, what was expected and what came.
+    """
+    one_of("layout", layout, LAYOUTS)
+    one_of("normalizer_grad", normalizer_grad, NORMALIZER_GRADS)
+    one_of("precision", precision, PRECISIONS)
+    one_of("backend", backend, BACKENDS)
+    check_chunk_size(chunk_size)
+    eps = _number("eps", eps, minimum=0.0)
+
+    infos = {name: info for name, info in arrays.items() if info is not None}
+    symbols = "B, T, H" if layout == "bthd" else "B, H, T"
+    q = infos["q"]
+    for name, rank in (("q", 4), ("k", 4), ("v", 4), ("i", 3), ("f", 3)):
+        if len(infos[name].shape) != rank:
+            last = {"q": ", K", "k": ", K", "v": ", V"}.get(name, "")
+            raise ValueError(f"{name}: expected rank {rank}, ({symbols}{last}), got shape {infos[name].shape}")
+    B, H, T, K = (q.shape[0], q.shape[2], q.shape[1], q.shape[3]) if layout == "bthd" else q.shape
+    tokens = q.shape[:3]
+    V = infos["v"].shape[3]
+    _shape("k", infos["k"], f"{symbols}, K", (*tokens, K))
+    _shape("v", infos["v"], f"{symbols}, V", (*tokens, V))
+    _shape("i", infos["i"], symbols, tokens)
+    _shape("f", infos["f"], symbols, tokens)
+    for name, size in (("B", B), ("H", H), ("T", T)):
+        if size < 1:
+            raise ValueError(f"q: expected {name} >= 1, got {name} = {size} in shape {q.shape}")
+    for name, argument, size in (("K", "q", K), ("V", "v", V)):
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise ValueError(f"{argument}: expected 1 <= {name} <= {MAX_HEAD_DIM}, got {name} = {size}")
+    if T >= 2**31 - MAX_CHUNK:
+        raise ValueError(f"q: expected T < 2**31 - {MAX_CHUNK}, got T = {T}")
+
+    _dtype("q", q, INPUT_DTYPES)
+    for name in ("k", "v"):
+        _dtype(name, infos[name], INPUT_DTYPES)
+        if infos[name].dtype != q.dtype:
+            raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {infos[name].dtype}")
+    for name in ("i", "f"):
+        _dtype(name, infos[name], GATE_DTYPES)
+
+    given = [name for name in STATES if name in infos]
+    if given and len(given) < len(STATES):
+        missing = ", ".join(name for name in STATES if name not in infos)
+        raise ValueError(f"{missing}: expected all of {', '.join(STATES)} or none, got only {', '.join(given)}")
+    if given:
+        _shape("c_initial", infos["c_initial"], "B, H, K, V", (B, H, K, V))
+        _shape("n_initial", infos["n_initial"], "B, H, K", (B, H, K))
+        if infos["m_initial"].shape not in ((B, H), (B, H, 1)):
+            raise ValueError(
+                f"m_initial: expected shape (B, H) = {(B, H)} or (B, H, 1), got {infos['m_initial'].shape}"
+            )
+        for name in STATES:
+            _dtype(name, infos[name], ("float32",))
+    for name, info in infos.items():
+        if info.device != q.device:
+            raise ValueError(f"{name}: expected the device of q, {q.device}, got {info.device}")
+
+    if strides is None:
+        dims = {"q": K, "k": K, "v": V, "i": 1, "f": 1}
+        strides = {name: contiguous_strides(H, T, D, layout) for name, D in dims.items()}
+    return Problem(
+        B=B,
+        H=H,
+        T=T,
+        K=K,
+        V=V,
+        dtype=q.dtype,
+        i_dtype=infos["i"].dtype,
+        f_dtype=infos["f"].dtype,
+        strides=tuple(strides.items()),
+        layout=layout,
+        scale=K**-0.5 if qk_scale is None else _number("qk_scale", qk_scale),
+        eps=eps,
+        chunk_size=chunk_size,
+        normalizer_grad=normalizer_grad,
+        precision=precision,
+        has_initial=bool(given),
+    )
