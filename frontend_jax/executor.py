@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -59,16 +60,24 @@ def launch_all(program: Pass, arrays: Mapping[str, jax.Array], compute_capabilit
     return {name: env[name] for name in program.results}
 
 
+@functools.cache
+def _host_thread() -> ThreadPoolExecutor:
+    """A thread for the interpreter. A thread inherits its floating-point mode, and XLA's callback threads flush subnormals."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="mlstm-interpreter")
+    pool.submit(int).result()  # start it now, from the tracing thread
+    return pool
+
+
 def _interpret(program: Pass, arrays: Mapping[str, jax.Array]) -> Arrays:
     def on_host(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         hosts = {}
         for name, x in inputs.items():
             host = np.ascontiguousarray(x)
             hosts[name] = interpreter.HostArray(host.ctypes.data, host.dtype.name, host)
-        raw = interpreter.run(program, hosts)
-        return {name: x.view(outputs[name].dtype)[..., 0] for name, x in raw.items() if name in outputs}
+        raw = thread.submit(interpreter.run, program, hosts).result()
+        return {name: x.view(outputs[name].dtype)[..., 0] for name, x in raw.items()}
 
-    # A result that is also an input (none today) would have no spec.
+    thread = _host_thread()
     outputs = {name: _struct(program.spec(name)) for name in program.results}
     return jax.pure_callback(on_host, outputs, {name: arrays[name] for name in program.inputs})
 

@@ -48,11 +48,7 @@ def _interpret(program: Pass, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
         for name in program.inputs
     }
     raw = interpreter.run(program, hosts)
-    dtypes = {name: (tensors[name].dtype if name in tensors else None) for name in raw}
-    return {
-        name: torch.from_numpy(x).view(dtypes[name] or getattr(torch, program.spec(name).dtype))[..., 0]
-        for name, x in raw.items()
-    }
+    return {name: torch.from_numpy(x).view(getattr(torch, program.spec(name).dtype))[..., 0] for name, x in raw.items()}
 
 
 def run(program: Pass, tensors: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:

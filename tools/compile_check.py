@@ -1,0 +1,255 @@
+"""Compiles every kernel of the plan for each GPU target, on any machine, through both frontends, and compares the PTX.
+
+    python -m tools.compile_check [--target sm_90 ...] [--heads 128x256 ...] [--dtype bfloat16 ...] [--json PATH]
+
+The PyTorch side runs the frontend's own executor on tensors without memory, against a driver that only names a target;
+the JAX side lowers the frontend's own executor for CUDA. Exit code 1 if the PTX differs, a kernel does not compile, or
+its shared memory exceeds the target's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+HEADS = ("64x64", "128x128", "128x256", "256x512")
+DTYPES = ("bfloat16", "float32")
+B, H, T = 2, 4, 520  # only strides come from these; T is ragged
+STATES = ("c_initial", "n_initial", "m_initial")
+
+
+@dataclasses.dataclass
+class Compiled:
+    """One compiled kernel: what the compiler says of it, and whether JAX's lowering gave the same code."""
+
+    target: str
+    heads: str
+    dtype: str
+    kernel: str
+    variant: str
+    registers: int
+    spills: int  # bytes spilled per thread; on AMD spilled vector registers
+    shared: int  # bytes per program
+    shared_limit: int
+    same_as_jax: bool | None = None  # None: no JAX lowering for this target here
+
+    @property
+    def ok(self) -> bool:
+        return self.shared <= self.shared_limit and self.same_as_jax is not False
+
+
+def _problem(heads: str, dtype: str, normalizer_grad: str) -> Any:
+    from kernels_triton.validation import ArrayInfo, check_call
+
+    K, V = map(int, heads.split("x"))
+    shapes = {"q": (B, H, T, K), "k": (B, H, T, K), "v": (B, H, T, V)}
+    arrays = {name: ArrayInfo(shape, dtype, "") for name, shape in shapes.items()}
+    shapes = {"i": (B, H, T), "f": (B, H, T), "c_initial": (B, H, K, V), "n_initial": (B, H, K), "m_initial": (B, H)}
+    arrays |= {name: ArrayInfo(shape, "float32", "") for name, shape in shapes.items()}
+    options = {"chunk_size": None, "qk_scale": None, "layout": "bhtd", "precision": "ieee", "backend": "auto"}
+    return check_call(arrays, eps=1e-6, normalizer_grad=normalizer_grad, **options)
+
+
+def _passes(heads: str, dtype: str) -> Iterator[tuple[str, Any, dict[str, tuple[tuple[int, ...], str]]]]:
+    """(variant, pass, its inputs' shapes and dtypes) for forward and backward, exact and detached."""
+    from kernels_triton import plan
+
+    for mode in ("exact", "detached"):
+        problem = _problem(heads, dtype, mode)
+        forward, backward = plan.forward_pass(problem), plan.backward_pass(problem, None, True)
+        K, V = problem.K, problem.V
+        known = {name: ((B, H, T, D), dtype) for name, D in (("q", K), ("k", K), ("v", V), ("dh", V))}
+        known |= {name: ((B, H, T), "float32") for name in ("i", "f")}
+        for suffix in ("initial", "last"):
+            for name, shape in (("c", (B, H, K, V)), ("n", (B, H, K)), ("m", (B, H))):
+                known[f"{name}_{suffix}"] = known[f"d{name}_{suffix}"] = (shape, "float32")
+        for launch in forward.launches:
+            known |= {buffer: (spec.shape, spec.dtype) for buffer, spec in launch.outputs.values()}
+        if mode == "exact":  # the forward pass does not depend on it
+            yield "forward", forward, {name: known[name] for name in forward.inputs}
+        yield mode, backward, {name: known[name] for name in backward.inputs}
+
+
+class _Driver:
+    """A driver without a device: Triton asks it what to compile for."""
+
+    def __init__(self, target: Any):
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+
+class _CompileOnly:
+    """Stands for a kernel in a launch: compiles what would be launched, and keeps the results."""
+
+    def __init__(self, kernel: Any, results: list[tuple[Any, str]]):
+        self.kernel, self.fn, self.results = kernel, kernel.fn, results
+
+    def __getitem__(self, grid: Any) -> Any:
+        def compile_it(*args: Any, **kwargs: Any) -> None:
+            log = io.StringIO()
+            with contextlib.redirect_stdout(log):  # where Triton prints the assembler's resource report
+                compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
+            self.results.append((compiled, log.getvalue()))
+
+        return compile_it
+
+
+def _resources(compiled: Any, log: str) -> tuple[int, int]:
+    """Registers and spills, from ptxas' report or from the AMD assembly's metadata."""
+    if "amdgcn" in compiled.asm:
+        fields = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
+        return int(fields["vgpr_count"]), int(fields["vgpr_spill_count"])
+    registers, stores = re.search(r"Used (\d+) registers", log), re.search(r"(\d+) bytes spill stores", log)
+    if registers is None or stores is None:
+        raise RuntimeError(f"{compiled.name}: expected ptxas' report of registers and spills, got {log!r}")
+    return int(registers[1]), int(stores[1])
+
+
+def _through_torch(target: str, heads: str, dtype: str) -> list[tuple[Compiled, str]]:
+    """Each distinct kernel with its PTX (assembly for AMD)."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    from frontend_torch import executor
+    from kernels_triton.config import SHARED_MEMORY
+
+    hip = target.startswith("gfx")
+    driver.set_active(_Driver(GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target[3:]), 32)))
+    found: dict[str, tuple[Compiled, str]] = {}
+    for variant, program, inputs in _passes(heads, dtype):
+        results: list[tuple[Any, str]] = []
+        launches = tuple(dataclasses.replace(x, kernel=_CompileOnly(x.kernel, results)) for x in program.launches)
+        tensors = {n: torch.empty(shape, dtype=getattr(torch, d), device="meta") for n, (shape, d) in inputs.items()}
+        executor.launch_all(dataclasses.replace(program, launches=launches), tensors)
+        for compiled, log in results:
+            code = compiled.asm["amdgcn" if hip else "ptx"]
+            if code not in found:
+                registers, spills = _resources(compiled, log)
+                facts = (compiled.name, variant, registers, spills, compiled.metadata.shared, SHARED_MEMORY[target])
+                found[code] = (Compiled(target, heads, dtype, *facts), code)
+    return list(found.values())
+
+
+def _through_jax(target: str, heads: str, dtype: str, dump: Path) -> set[str]:
+    """The PTX of every kernel, as jax-triton compiles it when the frontend's executor is lowered for CUDA."""
+    import jax
+
+    from frontend_jax import executor
+
+    before = set(dump.glob("*/*.ptx"))
+    for _, program, inputs in _passes(heads, dtype):
+        arrays = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in inputs.items()}
+
+        def run(arrays: dict[str, Any], program: Any = program) -> dict[str, Any]:
+            return executor.launch_all(program, arrays, compute_capability=int(target[3:]))
+
+        jax.jit(run).trace(arrays).lower(lowering_platforms=("cuda",))
+    return {path.read_text() for path in set(dump.glob("*/*.ptx")) - before}
+
+
+def check(target: str, heads: str, dtype: str) -> list[Compiled]:
+    """Compile one configuration for one target through both frontends. Runs in a process of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        # A fresh cache, so that the assembler runs and reports; both are read when Triton and jax-triton are imported.
+        os.environ.update(TRITON_CACHE_DIR=f"{scratch}/cache", JAX_TRITON_DUMP_DIR=f"{scratch}/dump", JAX_PLATFORMS="cpu")
+        os.environ.pop("TRITON_INTERPRET", None)
+        import triton
+
+        triton.knobs.nvidia.dump_ptxas_log = True
+        rows = _through_torch(target, heads, dtype)
+        if target.startswith("sm_"):
+            Path(scratch, "dump").mkdir()
+            ptx = _through_jax(target, heads, dtype, Path(scratch, "dump"))
+            for row, code in rows:
+                row.same_as_jax = code in ptx
+            if len(ptx) != len(rows):
+                raise RuntimeError(f"{target} {heads} {dtype}: {len(rows)} kernels through torch, {len(ptx)} through JAX")
+    return [row for row, _ in rows]
+
+
+def _table(rows: list[Compiled]) -> Table:
+    table = Table(title="Kernels as compiled: registers and spilled bytes per thread, shared memory per program")
+    for name in ("target", "K x V", "dtype", "kernel", "pass", "registers", "spills", "shared", "limit", "PTX torch = JAX"):
+        table.add_column(name, justify="right" if name in ("registers", "spills", "shared", "limit") else "left")
+    order = {"forward": 0, "exact": 1, "detached": 2}
+    keys = {name: i for names in (TARGETS, HEADS, DTYPES) for i, name in enumerate(names)}
+    rows.sort(key=lambda x: (keys[x.target], keys.get(x.heads, 9), keys.get(x.dtype, 9), order[x.variant]))
+    for x in rows:
+        same = {None: "not lowered", True: "same", False: "[red]DIFFERENT[/red]"}[x.same_as_jax]
+        shared = f"{x.shared:,}" if x.shared <= x.shared_limit else f"[red]{x.shared:,}[/red]"
+        numbers = (str(x.registers), str(x.spills), shared, f"{x.shared_limit:,}")
+        table.add_row(x.target, x.heads, x.dtype, x.kernel, x.variant, *numbers, same)
+    return table
+
+
+def main(
+    target: list[str] = typer.Option(list(TARGETS), help="GPU architectures to compile for."),
+    heads: list[str] = typer.Option(list(HEADS), help="Head dimensions, KxV."),
+    dtype: list[str] = typer.Option(list(DTYPES), help="dtypes of q, k, v."),
+    jobs: int = typer.Option(2, min=1, help="Processes side by side."),
+    json_path: Path | None = typer.Option(None, "--json", help="Write the rows there."),
+) -> None:
+    """Compile every kernel for every target through both frontends; no GPU needed."""
+    for name in target:
+        if name not in TARGETS:
+            raise typer.BadParameter(f"expected one of {', '.join(TARGETS)}, got {name}", param_hint="--target")
+    for name in heads:
+        if not re.fullmatch(r"\d+x\d+", name):
+            raise typer.BadParameter(f"expected KxV such as 128x256, got {name}", param_hint="--heads")
+    import triton
+
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    tasks = [(t, h, d) for h in heads for d in dtype for t in target]
+    rows: list[Compiled] = []
+    failures: list[str] = []
+    # A process per task: caches of compiled kernels in Triton and jax-triton outlive a change of target.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        futures = {pool.submit(check, *task): task for task in tasks}
+        for future in tqdm(as_completed(futures), total=len(futures), desc="compile", unit="config"):
+            try:
+                rows += future.result()
+            except Exception as error:  # a compiler's failure is a result here: report it with the others
+                failures.append(f"{' '.join(futures[future])}: {type(error).__name__}: {error}")
+    console.print(_table(rows))
+    for failure in failures:
+        console.print(failure, style="red", markup=False)
+    if json_path:
+        json_path.write_text(json.dumps([dataclasses.asdict(x) for x in rows], indent=1))
+    lowered = [x for x in rows if x.same_as_jax is not None]
+    console.print(
+        f"Triton {triton.__version__}: {len(rows)} kernels compiled; PTX equal for {sum(x.same_as_jax for x in lowered)} of "
+        f"{len(lowered)} lowered through JAX; shared memory within limits for {sum(x.shared <= x.shared_limit for x in rows)}; "
+        f"{sum(x.spills > 0 for x in rows)} with spills"
+    )
+    if failures or not all(x.ok for x in rows):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
