@@ -265,7 +265,6 @@ class Builder:
         x, y, xv, yv = ("k", "q", "v", "dh") if of_keys else ("q", "k", "dh", "v")
         strided, unit = self._strided(("x", x), ("y", y), ("xv", xv), ("yv", yv))
         tiles = cdiv(p.K, tile.BK)
-        n_sums = (2 if of_keys else 3) * tiles
         return self._launch(
             mix_keys,
             {
@@ -281,7 +280,7 @@ class Builder:
                 "out": ("dk" if of_keys else "dq", self._token_spec(p.K, p.dtype)),
                 "sums": (
                     "col_sums" if of_keys else "row_sums",
-                    Spec((p.B, p.H, n_sums, self.NT * self.L), "float32"),
+                    Spec((p.B, p.H, 2 * tiles, self.NT * self.L), "float32"),
                 ),
             },
             self.heads * self.NT * (self.L // tile.BT) * tiles,
@@ -310,8 +309,6 @@ class Builder:
                 "f_sh": sh,
                 "f_st": st,
                 "ends": "ends",
-                "r": "r",
-                "delta": "delta",
                 "rows": "row_sums",
                 "cols": "col_sums",
                 "inner": "inner",
@@ -328,7 +325,6 @@ class Builder:
             Tile(0, 0, 0, 0, num_warps=max(1, min(4, self.L // 32)), num_stages=1),
             NKT=cdiv(p.K, keys.BK),
             NP=cdiv(p.K, scan.BK) * cdiv(p.V, scan.BV),
-            EPS=p.eps,
             HAS_DLAST=has_dlast,
             BTHD=p.layout == "bthd",
         )

@@ -19,13 +19,23 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """x in another float dtype, rounded to nearest even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter truncates: round first, then nothing is left to truncate
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, rounded.to(tl.uint32).to(tl.float32, bitcast=True), x.to(tl.float32))
+    return x.to(DTYPE)
+
+
+@triton.jit
 def operand(x, BF16: tl.constexpr):
     """x as an operand of a product with a weighted factor: bfloat16 for bfloat16 inputs, else float32.
 
     float16 inputs go through float32 (tf32) products: gate weights and states exceed float16's range.
     """
     if BF16:
-        y = x.to(tl.bfloat16)
+        y = cast(x, tl.bfloat16)
     else:
         y = x.to(tl.float32)
     return y
@@ -58,7 +68,7 @@ def store_tile(x, value, o_row, row_stride, n_rows, o_col, COLS: tl.constexpr, B
     m_x = (o_row < n_rows)[:, None]
     if COLS % BLOCK != 0:
         m_x = m_x & (o_col < COLS)[None, :]
-    tl.store(p_x, value.to(x.dtype.element_ty), mask=m_x)
+    tl.store(p_x, cast(value, x.dtype.element_ty), mask=m_x)
 
 
 @triton.jit

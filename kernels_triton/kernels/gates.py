@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import LOG2E, NEG_INF, exp2_difference, store_pair
+from .common import LOG2E, NEG_INF, cast, exp2_difference, store_pair
 
 # Below this, a closed forget gate is indistinguishable from -inf in float32 states; finite, so that prefix sums stay finite.
 LOG_FORGET_MIN = tl.constexpr(-1e6)
@@ -114,9 +114,7 @@ def gates_forward(
 def gates_backward(
     f, f_sb, f_sh, f_st,  # (B, H, T) forget gate pre-activations
     ends,  # (B, H, 4, NT)
-    r,  # (B, H, NT * L) signed normaliser
-    delta,  # (B, H, NT * L) its cotangent
-    rows,  # (B, H, 3 * NKT, NT * L) per key tile: sum_j<i X_ij + P_i; X_ii; S_ii
+    rows,  # (B, H, 2 * NKT, NT * L) per key tile: sum_j<i X_ij + P_i; X_ii
     cols,  # (B, H, 2 * NKT, NT * L) per key tile: sum_i>j X_ij; U_j
     inner,  # (B, H, NP, NT + 2) partial <dC', C> + dn'.n per chunk; at the last state; at the initial state
     dm_last,  # (B, H) if HAS_DLAST
@@ -129,7 +127,6 @@ def gates_backward(
     L: tl.constexpr,
     NKT: tl.constexpr,
     NP: tl.constexpr,
-    EPS: tl.constexpr,
     HAS_DLAST: tl.constexpr,
     BTHD: tl.constexpr,
 ):  # fmt: skip
@@ -145,26 +142,15 @@ def gates_backward(
 
     b_row = tl.zeros([L], tl.float64)
     b_diag = tl.zeros([L], tl.float64)
-    b_sdiag = tl.zeros([L], tl.float64)
     b_col = tl.zeros([L], tl.float64)
     b_u = tl.zeros([L], tl.float64)
     for kt in tl.static_range(NKT):
-        p_rows = rows + (head * 3 * NKT + 3 * kt) * padded + t
+        p_rows = rows + (head * 2 * NKT + 2 * kt) * padded + t
         b_row += tl.load(p_rows).to(tl.float64)
         b_diag += tl.load(p_rows + padded).to(tl.float64)
-        b_sdiag += tl.load(p_rows + 2 * padded).to(tl.float64)
         p_cols = cols + (head * 2 * NKT + 2 * kt) * padded + t
         b_col += tl.load(p_cols).to(tl.float64)
         b_u += tl.load(p_cols + padded).to(tl.float64)
-
-    # Where the normaliser is |r|, h does not change when the whole row is scaled, so the row's sum, diagonal included, is
-    # -eps sign(r) delta: exact, where adding the large terms would leave their rounding. Not where the diagonal is
-    # most of the row: there the terms themselves are the small numbers.
-    b_r = tl.load(r + head * padded + t).to(tl.float64)
-    b_delta = tl.load(delta + head * padded + t).to(tl.float64)
-    b_balance = tl.where(b_r > 0, -EPS, EPS) * b_delta - b_diag
-    balanced = (b_delta != 0.0) & (tl.abs(b_sdiag) < 0.5 * tl.abs(b_r))
-    b_row = tl.where(balanced, b_balance, b_row)
 
     o_inner = head * NP * (n_chunks + 2)
     w = tl.full([], 0.0, tl.float64)
@@ -198,7 +184,7 @@ def gates_backward(
         o_out = ((head // H) * T + t) * H + head % H
     else:
         o_out = head * T + t
-    tl.store(di + o_out, b_di.to(di.dtype.element_ty), mask=m_t)
-    tl.store(df + o_out, b_df.to(df.dtype.element_ty), mask=m_t)
+    tl.store(di + o_out, cast(b_di, di.dtype.element_ty), mask=m_t)
+    tl.store(df + o_out, cast(b_df, df.dtype.element_ty), mask=m_t)
     if n == 0:
         tl.store(dm_initial + head, dm0.to(tl.float32))

@@ -25,7 +25,7 @@ def mix_keys(
     norms,  # (B, H, NT, K) n; dn'
     T,
     out,  # (B, H, T, K) or (B, T, H, K): dq; dk
-    sums,  # (B, H, S * NKT, NT * L) dq, S = 3: sum_j<i X_ij + P_i, X_ii, S_ii; dk, S = 2: sum_i>j X_ij, U_j
+    sums,  # (B, H, 2 * NKT, NT * L) for each key tile: sum_j<i X_ij + P_i and X_ii; dk: sum_i>j X_ij and U_j
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -99,7 +99,6 @@ def mix_keys(
     # What the tokens of the chunk add. The diagonal of X would cancel in dlogf but leave its rounding: it stays apart.
     b_sum = tl.zeros([BT], tl.float32)
     b_diag = tl.zeros([BT], tl.float32)
-    b_sdiag = tl.zeros([BT], tl.float32)
     for y0 in range(begin, stop, BS):
         t_y = y0 + tl.arange(0, BS)
         b_ds = tl.zeros([BT, BS], tl.float32)
@@ -119,7 +118,6 @@ def mix_keys(
             b_d = exp2_difference(y_hi[None, :], y_lo[None, :], x_hi[:, None], x_lo[:, None]) * SCALE
             b_ds = b_ds * tl.load(p_inverse + t_x)[:, None] + tl.load(p_delta + t_x)[:, None]
             m_d = t_y[None, :] <= t_x[:, None]
-        b_d = tl.where(m_d, b_d, 0.0)
         b_w = tl.where(m_d, b_ds * b_d, 0.0)
         b_y = load_tile(p_y, t_y, y_st * UNIT, T, o_k, K, BK)  # [BS, BK]
         b_yt = load_tile_t(p_y, t_y, y_st * UNIT, T, o_k, K, BK)  # [BK, BS]
@@ -128,17 +126,14 @@ def mix_keys(
         b_sum += tl.sum(tl.where(m_diag, 0.0, b_s * b_w), 1)
         if not KEYS:
             b_diag += tl.sum(tl.where(m_diag, b_s * b_w, 0.0), 1)
-            b_sdiag += tl.sum(tl.where(m_diag, b_s * b_d, 0.0), 1)
         b_out = dot(operand(b_w, BF16), operand(b_y, BF16), b_out, PRECISION)
 
     offset, stride = contiguous_head(head, T, H, K, BTHD)
     store_tile(out + offset, b_out, t_x, stride, T, o_k, K, BK)
+    p_sums = sums + (head * 2 * NKT + 2 * kt) * padded + t_x
     if KEYS:
-        p_sums = sums + (head * 2 * NKT + 2 * kt) * padded + t_x
         tl.store(p_sums, b_sum)
         tl.store(p_sums + padded, b_inter)
     else:
-        p_sums = sums + (head * 3 * NKT + 3 * kt) * padded + t_x
         tl.store(p_sums, b_sum + b_inter)
         tl.store(p_sums + padded, b_diag)
-        tl.store(p_sums + 2 * padded, b_sdiag)
