@@ -33,6 +33,11 @@ def describe(name: str, x: Any) -> ArrayInfo | None:
     return ArrayInfo(tuple(x.shape), dtype_name(x.dtype), str(x.device))
 
 
+def platform_of(x: Tensor) -> str:
+    """The name of a tensor's device platform, as the shared checks know it."""
+    return "rocm" if x.device.type == "cuda" and torch.version.hip else x.device.type
+
+
 def readable(x: Tensor) -> Tensor:
     """x itself if its last axis is contiguous, else a contiguous copy."""
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
@@ -182,8 +187,7 @@ def mlstm_chunkwise(
         precision=precision,
         backend=backend,
     )
-    platform = "rocm" if q.device.type == "cuda" and torch.version.hip else q.device.type
-    backend_used = choose_backend(backend, platform)
+    backend_used = choose_backend(backend, platform_of(q))
     if m_initial is not None:
         arrays["m_initial"] = m_initial.reshape(problem.B, problem.H)
     tensors = tuple(arrays.values())

@@ -165,10 +165,14 @@ class Builder:
             HAS_NORM_IN=initial,
             HAS_INITIAL=initial,
             HAS_INNER=False,
+            HAS_NORMS=True,
         )
 
-    def state_backward(self, has_dc_last: bool, has_dn_last: bool, inner: bool = True) -> Launch:
-        """Cotangents of the states after each chunk, and of the initial state."""
+    def state_backward(self, has_dc_last: bool, has_dn_last: bool, inner: bool = True, norms: bool = True) -> Launch:
+        """Cotangents of the states after each chunk, and of the initial state.
+
+        inner: with the products that the gates' gradients need. norms: n is there and has a cotangent.
+        """
         initial = self.p.has_initial and inner
         return self._scan(
             True,
@@ -178,11 +182,11 @@ class Builder:
                 "state_in": "dc_last" if has_dc_last else None,
                 "norm_in": "dn_last" if has_dn_last else None,
                 "fw_states": "states" if inner else None,
-                "fw_norms": "norms" if inner else None,
-                "fw_last": "c_last" if inner else None,
-                "fw_norm_last": "n_last" if inner else None,
+                "fw_norms": "norms" if inner and norms else None,
+                "fw_last": "c_last" if inner and has_dc_last else None,
+                "fw_norm_last": "n_last" if inner and norms and has_dc_last else None,
                 "fw_initial": "c_initial" if initial else None,
-                "fw_norm_initial": "n_initial" if initial else None,
+                "fw_norm_initial": "n_initial" if initial and norms else None,
             },
             {
                 "states": "dstates",
@@ -195,10 +199,11 @@ class Builder:
             HAS_NORM_IN=has_dn_last,
             HAS_INITIAL=initial,
             HAS_INNER=inner,
+            HAS_NORMS=norms,
         )
 
-    def values(self, backward: bool) -> Launch:
-        """h; backward: dv."""
+    def values(self, backward: bool, store_d: bool = False) -> Launch:
+        """h, with store_d the normaliser too; backward: dv."""
         p, tile = self.p, self.config.values
         x, y, z = ("k", "q", "dh") if backward else ("q", "k", "v")
         strided, unit = self._strided(("x", x), ("y", y), ("z", z))
@@ -216,6 +221,7 @@ class Builder:
             {
                 "out": ("dv" if backward else "h", self._token_spec(p.V, p.dtype)),
                 "r": ("unused_values", Spec((1,), "float32")) if backward else ("r", Spec(self.rows, "float32")),
+                "d": ("d", Spec((p.B, p.H, p.T), "float32")) if store_d else ("unused_d", Spec((1,), "float32")),
             },
             self.heads * self.NT * (self.L // tile.BT) * cdiv(p.V, tile.BV),
             tile,
@@ -226,6 +232,7 @@ class Builder:
             SCALE=p.scale,
             EPS=p.eps,
             BACKWARD=backward,
+            STORE_D=store_d,
             BTHD=p.layout == "bthd",
             BF16=p.dtype == "bfloat16",
             PRECISION=self.precision,
@@ -259,8 +266,8 @@ class Builder:
             BTHD=p.layout == "bthd",
         )
 
-    def keys(self, of_keys: bool) -> Launch:
-        """dq with the row sums, or dk with the column sums."""
+    def keys(self, of_keys: bool, norms: bool = True) -> Launch:
+        """dq with the row sums, or dk with the column sums. norms: n is there and has a cotangent."""
         p, tile = self.p, self.config.keys
         x, y, xv, yv = ("k", "q", "v", "dh") if of_keys else ("q", "k", "dh", "v")
         strided, unit = self._strided(("x", x), ("y", y), ("xv", xv), ("yv", yv))
@@ -273,7 +280,7 @@ class Builder:
                 "d_inverse": "d_inverse",
                 "delta": "delta",
                 "states": "dstates" if of_keys else "states",
-                "norms": "dnorms" if of_keys else "norms",
+                "norms": ("dnorms" if of_keys else "norms") if norms else None,
                 "T": p.T,
             },
             {
@@ -291,13 +298,14 @@ class Builder:
             UNIT=unit,
             SCALE=p.scale,
             KEYS=of_keys,
+            HAS_NORMS=norms,
             BTHD=p.layout == "bthd",
             BF16=p.dtype == "bfloat16",
             PRECISION=self.precision,
         )
 
-    def gates_gradient(self, has_dlast: bool) -> Launch:
-        """di, df and the initial stabiliser's gradient."""
+    def gates_gradient(self, has_dlast: bool, has_dm_last: bool) -> Launch:
+        """di, df and the initial stabiliser's gradient. has_dlast: the last state has a cotangent."""
         p = self.p
         sb, sh, st = self.strides["f"]
         scan, keys = self.config.state, self.config.keys
@@ -312,7 +320,7 @@ class Builder:
                 "rows": "row_sums",
                 "cols": "col_sums",
                 "inner": "inner",
-                "dm_last": "dm_last" if has_dlast else None,
+                "dm_last": "dm_last" if has_dm_last else None,
                 "picked": "picked",
                 "T": p.T,
             },
@@ -326,6 +334,7 @@ class Builder:
             NKT=cdiv(p.K, keys.BK),
             NP=cdiv(p.K, scan.BK) * cdiv(p.V, scan.BV),
             HAS_DLAST=has_dlast,
+            HAS_DM_LAST=has_dm_last,
             BTHD=p.layout == "bthd",
         )
 
@@ -354,7 +363,7 @@ def backward_pass(problem: Problem, dh_strides: Strides | None = None, has_dlast
         b.keys(of_keys=False),
         b.keys(of_keys=True),
         b.values(backward=True),
-        b.gates_gradient(has_dlast),
+        b.gates_gradient(has_dlast, has_dlast),
     )
     initial = problem.has_initial
     inputs = (

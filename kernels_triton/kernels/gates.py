@@ -89,9 +89,9 @@ def gates_forward(
             b_a = tl.maximum(tl.associative_scan(b_c, 0, _maximum), start)
             end = tl.sum(tl.where(o == L - 1, b_a, 0.0), 0)
             b_m = b_a + b_sum
-            largest = tl.max(b_c, 0)
-            token = tl.min(tl.where(b_c == largest, t, NO_TOKEN), 0)
-            pick = tl.where(largest > start, token, pick)
+        largest = tl.max(b_c, 0)
+        token = tl.min(tl.where(b_c == largest, t, NO_TOKEN), 0)
+        pick = tl.where(largest > start, token, pick)
 
         o_row = head * 2 * padded + t
         store_pair(c, o_row, padded, b_c * LOG2E)
@@ -117,7 +117,7 @@ def gates_backward(
     rows,  # (B, H, 2 * NKT, NT * L) per key tile: sum_j<i X_ij + P_i; X_ii
     cols,  # (B, H, 2 * NKT, NT * L) per key tile: sum_i>j X_ij; U_j
     inner,  # (B, H, NP, NT + 2) partial <dC', C> + dn'.n per chunk; at the last state; at the initial state
-    dm_last,  # (B, H) if HAS_DLAST
+    dm_last,  # (B, H) if HAS_DM_LAST
     picked,  # (B, H)
     T,
     di,  # (B, H, T) or (B, T, H)
@@ -128,6 +128,7 @@ def gates_backward(
     NKT: tl.constexpr,
     NP: tl.constexpr,
     HAS_DLAST: tl.constexpr,
+    HAS_DM_LAST: tl.constexpr,
     BTHD: tl.constexpr,
 ):  # fmt: skip
     """One program per head and chunk: dI and dF from per-token sums, added in float64 in a fixed order."""
@@ -171,7 +172,9 @@ def gates_backward(
     b_dlogf = tl.cumsum(b_row - b_col, 0, reverse=True) + (tl.cumsum(b_u, 0) - b_u) + w
     dm0 = at_initial
     if HAS_DLAST:  # the last stabiliser's own cotangent goes where its maximum came from
-        rho = tl.load(dm_last + head).to(tl.float64) - at_last
+        rho = -at_last
+        if HAS_DM_LAST:
+            rho += tl.load(dm_last + head).to(tl.float64)
         pick = tl.load(picked + head)
         b_di += tl.where(t == pick, rho, 0.0)
         b_dlogf += tl.where(t > pick, rho, 0.0)

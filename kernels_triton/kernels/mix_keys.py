@@ -22,7 +22,7 @@ def mix_keys(
     d_inverse,  # (B, H, NT * L)
     delta,  # (B, H, NT * L)
     states,  # (B, H, NT, K, V) C; dC'
-    norms,  # (B, H, NT, K) n; dn'
+    norms,  # (B, H, NT, K) n; dn', if HAS_NORMS
     T,
     out,  # (B, H, T, K) or (B, T, H, K): dq; dk
     sums,  # (B, H, 2 * NKT, NT * L) for each key tile: sum_j<i X_ij + P_i and X_ii; dk: sum_i>j X_ij and U_j
@@ -37,6 +37,7 @@ def mix_keys(
     UNIT: tl.constexpr,
     SCALE: tl.constexpr,
     KEYS: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
     BTHD: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -73,7 +74,9 @@ def mix_keys(
 
     # What the state adds: its product with these rows, K on the columns.
     b_x = load_tile(p_x, t_x, x_st * UNIT, T, o_k, K, BK)
-    b_norm = load_vector(norms + (head * n_chunks + n) * K, o_k, K, BK)
+    b_norm = tl.zeros([BK], tl.float32)
+    if HAS_NORMS:
+        b_norm = load_vector(norms + (head * n_chunks + n) * K, o_k, K, BK)
     b_out = tl.zeros([BT, BK], tl.float32)
     for v0 in range(0, V, BV):
         b_xv = load_tile(p_xv, t_x, xv_st * UNIT, T, v0 + o_v, V, BV)

@@ -23,6 +23,7 @@ def mix_values(
     T,
     out,  # (B, H, T, V) or (B, T, H, V): h; backward: dv
     r,  # (B, H, NT * L) forward: signed normaliser; backward: unused, one element
+    d,  # (B, H, T) normaliser if STORE_D, else unused, one element
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -35,6 +36,7 @@ def mix_values(
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
     BACKWARD: tl.constexpr,
+    STORE_D: tl.constexpr,
     BTHD: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -124,5 +126,10 @@ def mix_values(
         b_out = b_out / b_d[:, None]
         if vt == 0:
             tl.store(r + o_row, b_r)
+            if STORE_D:
+                tl.store(d + head * T + t_x, b_d, mask=t_x < T)
+    if not STORE_D:
+        if pid == 0:
+            tl.store(d, 0.0)
     offset, stride = contiguous_head(head, T, H, V, BTHD)
     store_tile(out + offset, b_out, t_x, stride, T, o_v, V, BV)

@@ -6,6 +6,12 @@ import triton.language as tl
 from .common import dot, exp2_difference, load_tile, load_tile_t, load_vector, operand, store_tile, store_vector
 
 
+@triton.jit
+def norm_product(b_norm, p_n, o_k, vt, K: tl.constexpr, BK: tl.constexpr):
+    """dn . n of one key tile; the first value tile's programs own it."""
+    return tl.where(vt == 0, tl.sum(b_norm * load_vector(p_n, o_k, K, BK), 0), 0.0)
+
+
 @triton.jit(
     do_not_specialize_on_alignment=["x_sb", "x_sh", "x_st", "y_sb", "y_sh", "y_st", "T"],
 )
@@ -21,8 +27,8 @@ def state_scan(
     norm_in,  # (B, H, K) likewise for n, if HAS_NORM_IN
     fw_states,  # (B, H, NT, K, V) backward: the states
     fw_norms,  # (B, H, NT, K) backward
-    fw_last,  # (B, H, K, V) backward: c_last
-    fw_norm_last,  # (B, H, K) backward: n_last
+    fw_last,  # (B, H, K, V) backward, if HAS_STATE_IN: c_last
+    fw_norm_last,  # (B, H, K) backward, if HAS_STATE_IN: n_last
     fw_initial,  # (B, H, K, V) backward, if HAS_INITIAL: c_initial
     fw_norm_initial,  # (B, H, K) backward, if HAS_INITIAL
     T,
@@ -45,6 +51,7 @@ def state_scan(
     HAS_NORM_IN: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     HAS_INNER: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -75,10 +82,12 @@ def state_scan(
     if HAS_NORM_IN:
         b_norm = load_vector(norm_in + head * K, o_k, K, BK).to(tl.float32)
     if HAS_INNER:
-        b_last = load_tile(fw_last + o_state, o_k, V, K, o_v, V, BV)
-        b_norm_last = load_vector(fw_norm_last + head * K, o_k, K, BK)
-        product = tl.sum(tl.sum(b_state * b_last, 1), 0)
-        product += tl.where(vt == 0, tl.sum(b_norm * b_norm_last, 0), 0.0)
+        product = tl.full([], 0.0, tl.float32)
+        if HAS_STATE_IN:
+            b_c = load_tile(fw_last + o_state, o_k, V, K, o_v, V, BV)
+            product = tl.sum(tl.sum(b_state * b_c, 1), 0)
+            if HAS_NORMS:
+                product += norm_product(b_norm, fw_norm_last + head * K, o_k, vt, K, BK)
         tl.store(p_inner + n_chunks, product)
 
     for step in range(0, n_chunks):
@@ -91,9 +100,9 @@ def state_scan(
             store_vector(norms + o_chunk * K, b_norm, o_k, K, BK)
         if HAS_INNER:
             b_c = load_tile(fw_states + o_chunk * K * V, o_k, V, K, o_v, V, BV).to(tl.float32)
-            b_n = load_vector(fw_norms + o_chunk * K, o_k, K, BK)
             product = tl.sum(tl.sum(b_state * b_c, 1), 0)
-            product += tl.where(vt == 0, tl.sum(b_norm * b_n, 0), 0.0)
+            if HAS_NORMS:
+                product += norm_product(b_norm, fw_norms + o_chunk * K, o_k, vt, K, BK)
             tl.store(p_inner + n, product)
 
         p_end = ends + head * 4 * n_chunks + n
@@ -127,9 +136,9 @@ def state_scan(
         product = tl.full([], 0.0, tl.float32)
         if HAS_INITIAL:
             b_c = load_tile(fw_initial + o_state, o_k, V, K, o_v, V, BV).to(tl.float32)
-            b_n = load_vector(fw_norm_initial + head * K, o_k, K, BK).to(tl.float32)
             product = tl.sum(tl.sum(b_state * b_c, 1), 0)
-            product += tl.where(vt == 0, tl.sum(b_norm * b_n, 0), 0.0)
+            if HAS_NORMS:
+                product += norm_product(b_norm, fw_norm_initial + head * K, o_k, vt, K, BK)
         tl.store(p_inner + n_chunks + 1, product)
     else:
         if pid == 0:

@@ -1,0 +1,40 @@
+"""The documented stage functions for PyTorch: thin views of the operator's plan (see kernels_triton/stage_api.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels_triton.backend import choose_backend, interpreting
+from kernels_triton.stage_api import StageFunctions
+
+from .executor import run
+from .operator import describe, platform_of
+
+__all__ = [
+    "_mlstm_chunkwise__parallel_bw_dQKV",
+    "_mlstm_chunkwise__recurrent_bw_dC",
+    "_mlstm_chunkwise__recurrent_fw_C",
+    "_mlstm_chunkwise_bw",
+    "_mlstm_chunkwise_fw",
+]
+
+
+def _run(plan: Callable[..., Any], arrays: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
+    call = plan({name: describe(name, x) for name, x in arrays.items()})
+    tensors = {name: x.detach().contiguous() for name, x in arrays.items() if x is not None}
+    platform = platform_of(next(iter(tensors.values())))
+    backend = choose_backend("interpret" if interpreting() else "triton", platform)
+    results = run(call.program, {buffer: tensors[name] for buffer, name in call.arguments.items()}, backend)
+    return tuple(results[buffer].reshape(shape) if buffer else None for buffer, shape in call.returns)
+
+
+_stages = StageFunctions(_run, torch.zeros_like)
+_mlstm_chunkwise__recurrent_fw_C = _stages._mlstm_chunkwise__recurrent_fw_C
+_mlstm_chunkwise_fw = _stages._mlstm_chunkwise_fw
+_mlstm_chunkwise__recurrent_bw_dC = _stages._mlstm_chunkwise__recurrent_bw_dC
+_mlstm_chunkwise__parallel_bw_dQKV = _stages._mlstm_chunkwise__parallel_bw_dQKV
+_mlstm_chunkwise_bw = _stages._mlstm_chunkwise_bw
