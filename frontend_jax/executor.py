@@ -82,6 +82,27 @@ def _interpret(program: Pass, arrays: Mapping[str, jax.Array]) -> Arrays:
     return jax.pure_callback(on_host, outputs, {name: arrays[name] for name in program.inputs})
 
 
+def _varying_axes(x: jax.Array) -> frozenset[str]:
+    aval: Any = jax.typeof(x)
+    if hasattr(aval, "manual_axis_type"):
+        return frozenset(aval.manual_axis_type.varying)
+    return frozenset(getattr(aval, "vma", ()))  # its name in JAX before 0.10
+
+
+def varying(arrays: Mapping[str, jax.Array], *like: jax.Array) -> Arrays:
+    """The arrays, marked inside `shard_map` as varying over every mesh axis that any of them (or of `like`) varies over.
+
+    Neither a callback nor a Triton call tells JAX so for its outputs. Outside `shard_map` this does nothing.
+    """
+    axes = {name: _varying_axes(x) for name, x in arrays.items()}
+    union = frozenset[str]().union(*axes.values(), *map(_varying_axes, like))
+    return {
+        name: jax.lax.pcast(x, tuple(union - axes[name]), to="varying") if union - axes[name] else x
+        for name, x in arrays.items()
+    }
+
+
 def run(program: Pass, arrays: Mapping[str, jax.Array], backend: str) -> Arrays:
     """Execute a pass on contiguous arrays."""
-    return (_interpret if backend == "interpret" else launch_all)(program, arrays)
+    results = (_interpret if backend == "interpret" else launch_all)(program, arrays)
+    return varying(results, *arrays.values())

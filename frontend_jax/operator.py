@@ -17,6 +17,8 @@ from kernels_triton.backend import choose_backend
 from kernels_triton.problem import Problem
 from kernels_triton.validation import ArrayInfo, check_call
 
+from .executor import run, varying
+
 States = tuple[Float32[Array, "B H K V"], Float32[Array, "B H K"], Float32[Array, "B H"]]
 NAMES = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial")
 Arrays = dict[str, Array]
@@ -54,8 +56,6 @@ class _Static:
 def _forward(static: _Static, arrays: Arrays) -> tuple[Any, Arrays]:
     from kernels_triton import plan
 
-    from .executor import run
-
     results = run(plan.forward_pass(static.problem), arrays, static.backend)
     saved = {name: x for name, x in arrays.items() if name not in ("i", "m_initial")}
     saved.update((name, results[name]) for name in plan.SAVED)
@@ -70,8 +70,6 @@ def _chunkwise(static: _Static, arrays: Arrays) -> Any:
 
 def _backward(static: _Static, saved: Arrays, cotangents: Any) -> tuple[Arrays]:
     from kernels_triton import plan
-
-    from .executor import run
 
     env = dict(saved)
     if static.return_last_states:
@@ -94,7 +92,8 @@ def _reference(static: _Static, arrays: Arrays) -> Any:
         q, k, v, i, f = (x.swapaxes(1, 2) for x in (q, k, v, i, f))
     head = (problem.B, problem.H)
     shapes = {"c_initial": (*head, problem.K, problem.V), "n_initial": (*head, problem.K), "m_initial": head}
-    states = (arrays[name] if name in arrays else jnp.zeros(shape, jnp.float32) for name, shape in shapes.items())
+    zeros = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+    states = varying(zeros | {name: arrays[name] for name in zeros if name in arrays}, q).values()
     with jax.default_matmul_precision("float32"):
         h, last = reference.chunkwise(
             *(x.astype(jnp.float32) for x in (q, k, v, i, f)),
@@ -174,7 +173,7 @@ def mlstm_chunkwise(
         backend=backend,
     )
     static = _Static(problem, choose_backend(backend, platform_of(q)), return_last_states)
-    arrays = {name: jnp.asarray(x) for name, x in given.items() if x is not None}
+    arrays = varying({name: jnp.asarray(x) for name, x in given.items() if x is not None})
     if "m_initial" in arrays:
         arrays["m_initial"] = arrays["m_initial"].reshape(problem.B, problem.H)
     return (_reference if static.backend == "reference" else _chunkwise)(static, arrays)

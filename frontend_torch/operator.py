@@ -15,7 +15,7 @@ from kernels_triton.backend import choose_backend
 from kernels_triton.problem import Problem, Strides
 from kernels_triton.validation import ArrayInfo, check_call
 
-from .executor import dtype_name
+from .executor import dtype_name, run
 
 if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx
@@ -56,8 +56,6 @@ class _Chunkwise(torch.autograd.Function):
     def forward(ctx: Any, problem: Problem, backend: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         from kernels_triton import plan
 
-        from .executor import run
-
         env = {name: x for name, x in zip(NAMES, tensors, strict=True) if x is not None}
         results = run(plan.forward_pass(problem), env, backend)
         saved = {**{name: x for name, x in env.items() if name not in ("i", "m_initial")}, **results}
@@ -71,8 +69,6 @@ class _Chunkwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, *cotangents: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         from kernels_triton import plan
-
-        from .executor import run
 
         problem: Problem = ctx.problem  # type: ignore[attr-defined]
         env = dict(zip(ctx.names, ctx.saved_tensors, strict=True))  # type: ignore[attr-defined]

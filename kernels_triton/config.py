@@ -32,6 +32,7 @@ class Config:
 
     L: int
     state: Tile
+    dstate: Tile  # the state kernel backward: it holds a tile of C besides its cotangent
     values: Tile
     keys: Tile
     normaliser: Tile
@@ -60,6 +61,7 @@ def configure(problem: Problem) -> Config:
         return Config(
             L=L,
             state=tile(128, 16, 64, 128, num_stages=2),
+            dstate=tile(64, 16, 64, 128, num_stages=2),
             values=tile(64, 64, 64, 128, num_stages=2),
             keys=tile(64, 64, 128, 32, num_stages=2),
             normaliser=tile(64, 16, 16, 128, num_stages=2),
@@ -68,6 +70,7 @@ def configure(problem: Problem) -> Config:
     return Config(
         L=L,
         state=tile(32, 16, 64, 64, num_stages=2),
+        dstate=tile(32, 16, 64, 64, num_stages=2),
         values=tile(32, 32, 32, 64, num_stages=2),
         keys=tile(32, 32, 64, 32, num_stages=2),
         normaliser=tile(32, 16, 16, 128, num_stages=2),

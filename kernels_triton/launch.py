@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import triton.language as tl
-
 
 @dataclass(frozen=True)
 class Spec:
@@ -22,6 +20,8 @@ class Spec:
 @functools.cache
 def _parameters(kernel: Any) -> tuple[tuple[str, ...], frozenset[str]]:
     """The run-time parameters of a kernel, in order, and its constexprs."""
+    import triton.language as tl  # the reference backend works where Triton is not installed
+
     signature = inspect.signature(kernel.fn)
     constexprs = frozenset(name for name, p in signature.parameters.items() if p.annotation is tl.constexpr)
     return tuple(name for name in signature.parameters if name not in constexprs), constexprs

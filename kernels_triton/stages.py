@@ -12,8 +12,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .builder import Builder
 from .launch import Launch, Pass
-from .plan import Builder
 from .problem import Problem, contiguous_strides
 from .validation import STATES, ArrayInfo, check_call, check_chunk_size
 
