@@ -7,6 +7,12 @@ from .common import dot, exp2_difference, load_tile, load_tile_t, load_vector, o
 
 
 @triton.jit
+def inner_product(x, y, SIZE: tl.constexpr):
+    """sum x y. Through a vector: Triton 3.6 fails for sm_100 where it reduces a product's accumulator axis by axis."""
+    return tl.sum(tl.reshape(x * y, [SIZE]), 0)
+
+
+@triton.jit
 def norm_product(b_norm, p_n, o_k, vt, K: tl.constexpr, BK: tl.constexpr):
     """dn . n of one key tile; the first value tile's programs own it."""
     return tl.where(vt == 0, tl.sum(b_norm * load_vector(p_n, o_k, K, BK), 0), 0.0)
@@ -85,7 +91,7 @@ def state_scan(
         product = tl.full([], 0.0, tl.float32)
         if HAS_STATE_IN:
             b_c = load_tile(fw_last + o_state, o_k, V, K, o_v, V, BV)
-            product = tl.sum(tl.sum(b_state * b_c, 1), 0)
+            product = inner_product(b_state, b_c, BK * BV)
             if HAS_NORMS:
                 product += norm_product(b_norm, fw_norm_last + head * K, o_k, vt, K, BK)
         tl.store(p_inner + n_chunks, product)
@@ -100,7 +106,7 @@ def state_scan(
             store_vector(norms + o_chunk * K, b_norm, o_k, K, BK)
         if HAS_INNER:
             b_c = load_tile(fw_states + o_chunk * K * V, o_k, V, K, o_v, V, BV).to(tl.float32)
-            product = tl.sum(tl.sum(b_state * b_c, 1), 0)
+            product = inner_product(b_state, b_c, BK * BV)
             if HAS_NORMS:
                 product += norm_product(b_norm, fw_norms + o_chunk * K, o_k, vt, K, BK)
             tl.store(p_inner + n, product)
@@ -136,7 +142,7 @@ def state_scan(
         product = tl.full([], 0.0, tl.float32)
         if HAS_INITIAL:
             b_c = load_tile(fw_initial + o_state, o_k, V, K, o_v, V, BV).to(tl.float32)
-            product = tl.sum(tl.sum(b_state * b_c, 1), 0)
+            product = inner_product(b_state, b_c, BK * BV)
             if HAS_NORMS:
                 product += norm_product(b_norm, fw_norm_initial + head * K, o_k, vt, K, BK)
         tl.store(p_inner + n_chunks + 1, product)
