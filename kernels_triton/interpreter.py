@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,13 +60,13 @@ def run(program: Pass, buffers: Mapping[str, HostArray]) -> dict[str, np.ndarray
     """Run a pass; returns the raw bytes of its results by name (shape, with the element size as last axis)."""
     env: dict[str, HostArray] = {name: buffers[name] for name in program.inputs}
     for launch in program.launches:
-        arguments: dict[str, Any] = {
-            name: env[x] if isinstance(x, str) else x for name, x in launch.operands.items()
-        }
+        arguments: dict[str, Any] = {name: env[x] if isinstance(x, str) else x for name, x in launch.operands.items()}
         for name, (buffer, spec) in launch.outputs.items():
             env[buffer], _ = empty(spec.shape, spec.dtype)
             arguments[name] = env[buffer]
-        # Overflow to inf and nan arithmetic are defined results on a GPU, without warnings.
-        with np.errstate(all="ignore"):
+        # Overflow to inf and nan arithmetic are defined results on a GPU, without warnings. The deprecation is how the
+        # interpreter turns run-time loop bounds into Python integers.
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
             launch.kernel[(launch.grid,)](**arguments, **launch.constexprs)
     return {name: env[name].owner for name in program.results}
