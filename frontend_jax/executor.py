@@ -1,4 +1,4 @@
-"""Runs a pass on JAX arrays: through jax-triton on a GPU, or through a callback into the shared interpreter executor."""
+"""Runs a pass on JAX arrays: through jax-triton on a GPU, or by a callback into the shared interpreter executor."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def launch_all(program: Pass, arrays: Mapping[str, jax.Array], compute_capabilit
 
 @functools.cache
 def _host_thread() -> ThreadPoolExecutor:
-    """A thread for the interpreter. A thread inherits its floating-point mode, and XLA's callback threads flush subnormals."""
+    """A thread for the interpreter: threads inherit their floating-point mode, and XLA's own flush subnormals."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="mlstm-interpreter")
     pool.submit(int).result()  # start it now, from the tracing thread
     return pool
@@ -90,7 +90,7 @@ def _varying_axes(x: jax.Array) -> frozenset[str]:
 
 
 def varying(arrays: Mapping[str, jax.Array], *like: jax.Array) -> Arrays:
-    """The arrays, marked inside `shard_map` as varying over every mesh axis that any of them (or of `like`) varies over.
+    """The arrays, marked inside `shard_map` as varying over each mesh axis that any of them (or of `like`) varies over.
 
     Neither a callback nor a Triton call tells JAX so for its outputs. Outside `shard_map` this does nothing.
     """

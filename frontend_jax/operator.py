@@ -36,7 +36,8 @@ def describe(name: str, x: Any) -> ArrayInfo | None:
 def platform_of(x: Any) -> str:
     """Where x is computed: its device's platform, or under a transformation the default device's."""
     devices = None if isinstance(x, jax.core.Tracer) or not isinstance(x, Array) else x.devices()
-    device = next(iter(devices)) if devices else jax.config.jax_default_device or jax.devices()[0]
+    default = getattr(jax.config, "jax_default_device", None)
+    device = next(iter(devices)) if devices else default or jax.devices()[0]
     if isinstance(device, str):
         return device
     if device.platform != "gpu":
@@ -132,8 +133,8 @@ def mlstm_chunkwise(
     """The mLSTM over a whole sequence, chunk by chunk, differentiable in all eight arrays.
 
     h_t = C_t^T (s q_t) / (max(|n_t . s q_t|, exp(-m_t)) + eps), with C_t = f' C_{t-1} + i' k_t v_t^T, n_t alike, and
-    exponential input gate and sigmoid forget gate stabilised by m_t (Beck et al. 2024, arXiv:2405.04517; chunkwise form:
-    Beck et al. 2025, arXiv:2503.14376). Equations and gradients: docs/architecture.md.
+    exponential input gate and sigmoid forget gate stabilised by m_t (Beck et al. 2024, arXiv:2405.04517; chunkwise
+    form: Beck et al. 2025, arXiv:2503.14376). Equations and gradients: docs/architecture.md.
 
     Args:
         q, k: queries and keys, (B, H, T, K) or with layout="bthd" (B, T, H, K); float32, bfloat16 or float16.
@@ -144,7 +145,8 @@ def mlstm_chunkwise(
             float32; all three or none (then zeros).
         return_last_states: also return the state after the last token.
         eps: added to the normaliser.
-        chunk_size: tokens per chunk, a power of two from 16 to 512; None: the best for the shape. Same result to rounding.
+        chunk_size: tokens per chunk, a power of two from 16 to 512; None: the best for the shape. The result is the
+            same to rounding.
         qk_scale: s above; None: K ** -0.5.
         normalizer_grad: "exact", or "detached": the normaliser is a constant in the backward pass, as in mlstm-kernels
             (right only if a scale-invariant norm follows h).

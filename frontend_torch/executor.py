@@ -12,6 +12,7 @@ from kernels_triton.launch import Pass, Spec
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """The shared name of a dtype, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Float32
@@ -16,9 +16,6 @@ from kernels_triton.problem import Problem, Strides
 from kernels_triton.validation import ArrayInfo, check_call
 
 from .executor import dtype_name, run
-
-if TYPE_CHECKING:
-    from torch.autograd.function import FunctionCtx
 
 States = tuple[Float32[Tensor, "B H K V"], Float32[Tensor, "B H K"], Float32[Tensor, "B H"]]
 NAMES = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial")
@@ -50,7 +47,7 @@ def head_strides(x: Tensor, layout: str) -> Strides:
 
 
 class _Chunkwise(torch.autograd.Function):
-    """The kernels' forward and backward pass. Tensors are (B, H, T, ...) or (B, T, H, ...) as the problem's layout says."""
+    """The kernels' two passes. Tensors are (B, H, T, ...) or (B, T, H, ...) as the problem's layout says."""
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, backend: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -67,11 +64,11 @@ class _Chunkwise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *cotangents: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         from kernels_triton import plan
 
-        problem: Problem = ctx.problem  # type: ignore[attr-defined]
-        env = dict(zip(ctx.names, ctx.saved_tensors, strict=True))  # type: ignore[attr-defined]
+        problem: Problem = ctx.problem
+        env = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         dh, *dlast = cotangents
         env["dh"] = torch.zeros_like(env["h"]) if dh is None else readable(dh)
         has_dlast = any(x is not None for x in dlast)
@@ -81,7 +78,7 @@ class _Chunkwise(torch.autograd.Function):
             for name, shape, x in zip(plan.LAST, shapes, dlast, strict=True):
                 env[f"d{name}"] = env["q"].new_zeros(shape, dtype=torch.float32) if x is None else x.contiguous()
         program = plan.backward_pass(problem, head_strides(env["dh"], problem.layout), has_dlast)
-        results = run(program, env, ctx.backend)  # type: ignore[attr-defined]
+        results = run(program, env, ctx.backend)
         return (None, None, *(results.get(f"d{name}") for name in NAMES))
 
 
@@ -111,7 +108,9 @@ def _kernels(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...])
         x if x is None else (readable(x) if name in ("q", "k", "v") else x if name in ("i", "f") else x.contiguous())
         for name, x in zip(NAMES, tensors, strict=True)
     )
-    strides = {name: head_strides(x, problem.layout) for name, x in zip(NAMES[:5], tensors, strict=False) if x is not None}
+    strides = {
+        name: head_strides(x, problem.layout) for name, x in zip(NAMES[:5], tensors, strict=False) if x is not None
+    }
     # A (B, H, T, D) view of (B, T, H, D) memory, as models make it: outputs and gradients get that memory order too.
     _, sh, st = strides["v"]
     transposed = problem.layout == "bhtd" and 0 < sh < st
@@ -145,8 +144,8 @@ def mlstm_chunkwise(
     """The mLSTM over a whole sequence, chunk by chunk, differentiable in all eight arrays.
 
     h_t = C_t^T (s q_t) / (max(|n_t . s q_t|, exp(-m_t)) + eps), with C_t = f' C_{t-1} + i' k_t v_t^T, n_t alike, and
-    exponential input gate and sigmoid forget gate stabilised by m_t (Beck et al. 2024, arXiv:2405.04517; chunkwise form:
-    Beck et al. 2025, arXiv:2503.14376). Equations and gradients: docs/architecture.md.
+    exponential input gate and sigmoid forget gate stabilised by m_t (Beck et al. 2024, arXiv:2405.04517; chunkwise
+    form: Beck et al. 2025, arXiv:2503.14376). Equations and gradients: docs/architecture.md.
 
     Args:
         q, k: queries and keys, (B, H, T, K) or with layout="bthd" (B, T, H, K); float32, bfloat16 or float16.
@@ -157,7 +156,8 @@ def mlstm_chunkwise(
             float32; all three or none (then zeros).
         return_last_states: also return the state after the last token.
         eps: added to the normaliser.
-        chunk_size: tokens per chunk, a power of two from 16 to 512; None: the best for the shape. Same result to rounding.
+        chunk_size: tokens per chunk, a power of two from 16 to 512; None: the best for the shape. The result is the
+            same to rounding.
         qk_scale: s above; None: K ** -0.5.
         normalizer_grad: "exact", or "detached": the normaliser is a constant in the backward pass, as in mlstm-kernels
             (right only if a scale-invariant norm follows h).

@@ -1,3 +1,3 @@
-"""The mLSTM operator's kernels, their host plan, its checks and its readable reference. Imports neither torch nor jax."""
+"""The mLSTM operator's kernels, host plan, checks and readable reference. Imports neither torch nor jax."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""One method per kernel: the launch that it takes for a problem. Which launches, and in what order, is the plan's matter."""
+"""One method per kernel: the launch it takes for a problem. Which launches, and in what order, is the plan's matter."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ GATES = ("c", "a", "ends")
 
 
 def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up."""
     return -(-x // y)
 
 
@@ -233,7 +234,7 @@ class Builder:
         )
 
     def normaliser(self, given: str | None = None) -> Launch:
-        """1 / d and the cotangent of r per token. `given`: a buffer that holds d itself, then nothing flows through it."""
+        """1 / d and the cotangent of r per token. given: a buffer with d itself; then nothing flows through it."""
         p, tile = self.p, self.config.normaliser
         strided, unit = self._strided(("dh", "dh"))
         return self._launch(

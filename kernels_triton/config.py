@@ -11,6 +11,7 @@ SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942"
 
 
 def next_power_of_2(x: int) -> int:
+    """The smallest power of two that is at least x."""
     return 1 << max(x - 1, 0).bit_length()
 
 

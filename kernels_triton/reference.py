@@ -13,6 +13,7 @@ from typing import Any
 import array_api_compat
 
 Array = Any
+StopGradient = Callable[[Array], Array]
 Scan = Callable[[Callable[[Any, Any], tuple[Any, Array]], Any, Sequence[Array]], tuple[Any, Array]]
 
 
@@ -22,7 +23,7 @@ def log_sigmoid(xp: Any, x: Array) -> Array:
     return -xp.logaddexp(xp.zeros_like(x), -x)
 
 
-def _normaliser(xp: Any, r: Array, m: Array, eps: float, normalizer_grad: str, stop_gradient: Callable) -> Array:
+def _normaliser(xp: Any, r: Array, m: Array, eps: float, normalizer_grad: str, stop_gradient: StopGradient) -> Array:
     d = xp.maximum(xp.abs(r), xp.exp(-m)) + eps
     return stop_gradient(d) if normalizer_grad == "detached" else d
 
@@ -40,7 +41,7 @@ def recurrent(
     scale: float,
     eps: float,
     normalizer_grad: str,
-    stop_gradient: Callable[[Array], Array],
+    stop_gradient: StopGradient,
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     """Token by token. Returns h (B, H, T, V) and the last (c, n, m)."""
     xp = array_api_compat.array_namespace(q)
@@ -64,7 +65,7 @@ def recurrent(
     return xp.stack(hs, axis=2), (c, n, m)
 
 
-def python_scan(step: Callable, carry: Any, xs: Sequence[Array]) -> tuple[Any, Array]:
+def python_scan(step: Callable[[Any, Any], tuple[Any, Array]], carry: Any, xs: Sequence[Array]) -> tuple[Any, Array]:
     """The meaning of `lax.scan` over the first axis, as a loop."""
     xp = array_api_compat.array_namespace(xs[0])
     ys = []
@@ -88,7 +89,7 @@ def chunkwise(
     scale: float,
     eps: float,
     normalizer_grad: str,
-    stop_gradient: Callable[[Array], Array],
+    stop_gradient: StopGradient,
     scan: Scan = python_scan,
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     """Chunk by chunk: attention inside a chunk, a state between chunks. Same result as `recurrent` to rounding."""

@@ -36,11 +36,12 @@ class StageFunctions:
     ) -> tuple[Array | None, ...]:
         """The recurrence over chunks: the states that the backward stages take.
 
-        matK, matV: (B, H, T, K), (B, H, T, V). vecI, vecF: (B, H, NT, BT), the input gate pre-activation and the log-sigmoid of
-        the forget gate's. Initial states (B, H, K, V), (B, H, K), (B, H), float32; all or none. num_chunks = ceil(T / chunk_size).
+        matK, matV: (B, H, T, K), (B, H, T, V). vecI, vecF: (B, H, NT, BT), the input gate pre-activation and the
+        log-sigmoid of the forget gate's. Initial states (B, H, K, V), (B, H, K), (B, H), float32; all or none.
+        num_chunks = ceil(T / chunk_size).
 
-        Returns matC_states (B, H, NT * K, V) and vecN_states (B, H, NT * K) at each chunk's start, scaM_inter (B, H, NT + 1),
-        and the last state's C and N.
+        Returns matC_states (B, H, NT * K, V) and vecN_states (B, H, NT * K) at each chunk's start, scaM_inter
+        (B, H, NT + 1), and the last state's C and N.
         """
         arrays = {"matK": matK, "matV": matV, "vecI": vecI, "vecF": vecF}
         arrays |= {"matC_initial": matC_initial, "vecN_initial": vecN_initial, "scaM_initial": scaM_initial}
@@ -66,8 +67,9 @@ class StageFunctions:
 
         matQ, matK: (B, H, T, K); matV: (B, H, T, V); vecI, vecF: (B, H, T) pre-activations.
 
-        Returns matH (B, H, T, V); vecN_out (B, H, T), the normaliser, eps included; vecM_out (B, H, T); the last (C, N, M) or
-        None; the states (matC_states (B, H, NT * K, V), vecN_states (B, H, NT * K), scaM_states (B, H, NT + 1)) or None.
+        Returns matH (B, H, T, V); vecN_out (B, H, T), the normaliser, eps included; vecM_out (B, H, T); the last
+        (C, N, M) or None; the states (matC_states (B, H, NT * K, V), vecN_states (B, H, NT * K), scaM_states
+        (B, H, NT + 1)) or None.
         """
         arrays = {"matQ": matQ, "matK": matK, "matV": matV, "vecI": vecI, "vecF": vecF}
         arrays |= {"matC_initial": matC_initial, "vecN_initial": vecN_initial, "scaM_initial": scaM_initial}
@@ -101,7 +103,8 @@ class StageFunctions:
         arrays = {"matQ": matQ, "vecF": vecF, "scaM_inter": scaM_inter, "vecM": vecM, "vecN_out": vecN_out}
         arrays |= {"matDeltaH": matDeltaH, "matDeltaC_last": matDeltaC_last}
         options = {"qk_scale": qk_scale, "chunk_size": chunk_size, "num_chunks": num_chunks}
-        return self._run("_mlstm_chunkwise__recurrent_bw_dC", arrays, store_initial_state=store_initial_state, **options)
+        options["store_initial_state"] = store_initial_state
+        return self._run("_mlstm_chunkwise__recurrent_bw_dC", arrays, **options)
 
     def _mlstm_chunkwise__parallel_bw_dQKV(
         self,
@@ -122,9 +125,10 @@ class StageFunctions:
     ) -> tuple[Array | None, ...]:
         """The gradients of q, k, v, normaliser detached.
 
-        matQ, matK: (B, H, T, K); matV, matDeltaH: (B, H, T, V). vecI, vecF: (B, H, NT, BT), the input gate pre-activation and the
-        log-sigmoid of the forget gate's. vecM_combine, vecN_out: (B, H, T). scaM_inter: (B, H, NT + 1). matC_states,
-        matDeltaC_states: (B, H, NT * K, V), states at each chunk's start and gradients after each chunk.
+        matQ, matK: (B, H, T, K); matV, matDeltaH: (B, H, T, V). vecI, vecF: (B, H, NT, BT), the input gate
+        pre-activation and the log-sigmoid of the forget gate's. vecM_combine, vecN_out: (B, H, T). scaM_inter:
+        (B, H, NT + 1). matC_states, matDeltaC_states: (B, H, NT * K, V), states at each chunk's start and gradients
+        after each chunk.
 
         Returns dQ, dK, dV like matQ, matK, matV.
         """
@@ -156,11 +160,12 @@ class StageFunctions:
         """The whole backward pass, normaliser detached.
 
         matQ, matK: (B, H, T, K); matV, matDeltaH: (B, H, T, V); vecI, vecF: (B, H, T) pre-activations. matC_states
-        (B, H, NT * K, V), scaM_states (B, H, NT + 1), vecN_out, vecM_out (B, H, T) as `_mlstm_chunkwise_fw` returns them; what
-        is None is computed again.
+        (B, H, NT * K, V), scaM_states (B, H, NT + 1), vecN_out, vecM_out (B, H, T) as `_mlstm_chunkwise_fw` returns
+        them; what is None is computed again.
 
-        Returns dQ, dK, dV, dI, dF, and dC, dN, dM of the initial state (None without one). As documented for the system this
-        mirrors, dN and dM are zeros and all gradients are those of a constant normaliser; `mlstm_chunkwise` has the exact ones.
+        Returns dQ, dK, dV, dI, dF, and dC, dN, dM of the initial state (None without one). As documented for the system
+        that this mirrors, dN and dM are zeros and all gradients are those of a constant normaliser; `mlstm_chunkwise`
+        has the exact ones.
         """
         arrays = {"matQ": matQ, "matK": matK, "matV": matV, "vecI": vecI, "vecF": vecF}
         arrays |= {"matC_initial": matC_initial, "vecN_initial": vecN_initial, "scaM_initial": scaM_initial}

@@ -1,8 +1,8 @@
-"""The stage functions of the documented seed system, as views of the operator's own plan: names, shapes and which launches.
+"""The documented stage functions as views of the operator's own plan: their names, shapes and launches.
 
-Conventions where that document leaves a choice: `vecF` in chunks is logsigmoid of the forget pre-activation, not summed,
-natural log; `vecN_out` is the normaliser d per token, eps included; `scaM_inter` holds NT + 1 stabilisers, the last state's
-included; block k of the dC states is the gradient of the state after chunk k, NT blocks.
+Conventions where that document leaves a choice: `vecF` in chunks is logsigmoid of the forget pre-activation, not
+summed, natural log; `vecN_out` is the normaliser d per token, eps included; `scaM_inter` holds NT + 1 stabilisers, the
+last state's included; block k of the dC states is the gradient of the state after chunk k, NT blocks.
 Gradients are the "detached" ones: the normaliser is a constant. For exact gradients use `mlstm_chunkwise`.
 """
 
@@ -36,7 +36,7 @@ def _present(infos: Infos, *names: str) -> None:
 
 
 def _problem(infos: Infos, options: Mapping[str, Any], chunked: bool) -> Problem:
-    """The detached problem behind a stage's arguments; those that a stage lacks stand in by shape. chunked: gates in chunks."""
+    """The detached problem behind a stage's arguments; what it lacks stands in by shape. chunked: gates in chunks."""
     chunk_size, num_chunks = options["chunk_size"], options.get("num_chunks")
     check_chunk_size(chunk_size)
     if chunk_size is None:
@@ -174,8 +174,8 @@ def recurrent_bw_dC(infos: Infos, options: Mapping[str, Any]) -> StageCall:
 
 def parallel_bw_dQKV(infos: Infos, options: Mapping[str, Any]) -> StageCall:
     """dQ, dK, dV from the states and their gradients."""
-    names = ("matQ", "matK", "matV", "vecI", "vecF", "vecM_combine", "scaM_inter", "matC_states", "matDeltaH", "vecN_out")
-    _present(infos, *names, "matDeltaC_states")
+    _present(infos, "matQ", "matK", "matV", "vecI", "vecF", "vecM_combine", "scaM_inter")
+    _present(infos, "matC_states", "matDeltaH", "vecN_out", "matDeltaC_states")
     problem = _problem(infos, options, chunked=True)
     b = _builder(problem)
     launches = (
@@ -193,7 +193,7 @@ def parallel_bw_dQKV(infos: Infos, options: Mapping[str, Any]) -> StageCall:
 def bw(infos: Infos, options: Mapping[str, Any]) -> StageCall:
     """All gradients. What the forward pass left is used where given, and computed again where not.
 
-    The last state, which matDeltaC_last acts on, is no argument of the documented function: then the states are computed.
+    The last state, which matDeltaC_last acts on, is no argument of the documented function: then states are computed.
     """
     _present(infos, "matQ", "matK", "matV", "vecI", "vecF", "matDeltaH")
     problem = _problem(infos, options, chunked=False)

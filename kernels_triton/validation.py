@@ -85,8 +85,8 @@ def check_call(
 
     arrays: q, k, v, i, f and the three initial states (None where absent). strides: (batch, head, token) strides in
     elements of q, k, v, i, f; contiguous in `layout` if None.
-    Raises TypeError (kind of value, dtype) or ValueError (rank, shape, option, device, missing state), with the argument's
-    name, what was expected and what came.
+    Raises TypeError (kind of value, dtype) or ValueError (rank, shape, option, device, missing state), with the
+    argument's name, what was expected and what came.
     """
     one_of("layout", layout, LAYOUTS)
     one_of("normalizer_grad", normalizer_grad, NORMALIZER_GRADS)

@@ -59,11 +59,17 @@ def _problem(heads: str, dtype: str, normalizer_grad: str) -> Any:
     from kernels_triton.validation import ArrayInfo, check_call
 
     K, V = map(int, heads.split("x"))
-    shapes = {"q": (B, H, T, K), "k": (B, H, T, K), "v": (B, H, T, V)}
+    shapes: dict[str, tuple[int, ...]] = {"q": (B, H, T, K), "k": (B, H, T, K), "v": (B, H, T, V)}
     arrays = {name: ArrayInfo(shape, dtype, "") for name, shape in shapes.items()}
     shapes = {"i": (B, H, T), "f": (B, H, T), "c_initial": (B, H, K, V), "n_initial": (B, H, K), "m_initial": (B, H)}
     arrays |= {name: ArrayInfo(shape, "float32", "") for name, shape in shapes.items()}
-    options = {"chunk_size": None, "qk_scale": None, "layout": "bhtd", "precision": "ieee", "backend": "auto"}
+    options: dict[str, Any] = {
+        "chunk_size": None,
+        "qk_scale": None,
+        "layout": "bhtd",
+        "precision": "ieee",
+        "backend": "auto",
+    }
     return check_call(arrays, eps=1e-6, normalizer_grad=normalizer_grad, **options)
 
 
@@ -75,7 +81,9 @@ def _passes(heads: str, dtype: str) -> Iterator[tuple[str, Any, dict[str, tuple[
         problem = _problem(heads, dtype, mode)
         forward, backward = plan.forward_pass(problem), plan.backward_pass(problem, None, True)
         K, V = problem.K, problem.V
-        known = {name: ((B, H, T, D), dtype) for name, D in (("q", K), ("k", K), ("v", V), ("dh", V))}
+        known: dict[str, tuple[tuple[int, ...], str]] = {
+            name: ((B, H, T, D), dtype) for name, D in (("q", K), ("k", K), ("v", V), ("dh", V))
+        }
         known |= {name: ((B, H, T), "float32") for name in ("i", "f")}
         for suffix in ("initial", "last"):
             for name, shape in (("c", (B, H, K, V)), ("n", (B, H, K)), ("m", (B, H))):
@@ -177,7 +185,8 @@ def check(target: str, heads: str, dtype: str) -> list[Compiled]:
     """Compile one configuration for one target through both frontends. Runs in a process of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         # A fresh cache, so that the assembler runs and reports; both are read when Triton and jax-triton are imported.
-        os.environ.update(TRITON_CACHE_DIR=f"{scratch}/cache", JAX_TRITON_DUMP_DIR=f"{scratch}/dump", JAX_PLATFORMS="cpu")
+        os.environ.update(TRITON_CACHE_DIR=f"{scratch}/cache", JAX_TRITON_DUMP_DIR=f"{scratch}/dump")
+        os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ.pop("TRITON_INTERPRET", None)
         import triton
 
@@ -189,14 +198,15 @@ def check(target: str, heads: str, dtype: str) -> list[Compiled]:
             for row, code in rows:
                 row.same_as_jax = code in ptx
             if len(ptx) != len(rows):
-                raise RuntimeError(f"{target} {heads} {dtype}: {len(rows)} kernels through torch, {len(ptx)} through JAX")
+                raise RuntimeError(f"{len(rows)} kernels through torch, {len(ptx)} through JAX")
     return [row for row, _ in rows]
 
 
 def _table(rows: list[Compiled]) -> Table:
     table = Table(title="Kernels as compiled: registers and spilled bytes per thread, shared memory per program")
-    for name in ("target", "K x V", "dtype", "kernel", "pass", "registers", "spills", "shared", "limit", "PTX torch = JAX"):
-        table.add_column(name, justify="right" if name in ("registers", "spills", "shared", "limit") else "left")
+    numeric = ("registers", "spills", "shared", "limit")
+    for name in ("target", "K x V", "dtype", "kernel", "pass", *numeric, "PTX torch = JAX"):
+        table.add_column(name, justify="right" if name in numeric else "left")
     order = {"forward": 0, "exact": 1, "detached": 2}
     keys = {name: i for names in (TARGETS, HEADS, DTYPES) for i, name in enumerate(names)}
     rows.sort(key=lambda x: (keys[x.target], keys.get(x.heads, 9), keys.get(x.dtype, 9), order[x.variant]))
@@ -241,11 +251,11 @@ def main(
         console.print(failure, style="red", markup=False)
     if json_path:
         json_path.write_text(json.dumps([dataclasses.asdict(x) for x in rows], indent=1))
-    lowered = [x for x in rows if x.same_as_jax is not None]
+    same = [x.same_as_jax for x in rows if x.same_as_jax is not None]
+    fitting = sum(x.shared <= x.shared_limit for x in rows)
     console.print(
-        f"Triton {triton.__version__}: {len(rows)} kernels compiled; PTX equal for {sum(x.same_as_jax for x in lowered)} of "
-        f"{len(lowered)} lowered through JAX; shared memory within limits for {sum(x.shared <= x.shared_limit for x in rows)}; "
-        f"{sum(x.spills > 0 for x in rows)} with spills"
+        f"Triton {triton.__version__}: {len(rows)} kernels compiled; PTX equal for {sum(same)} of {len(same)} lowered "
+        f"through JAX; shared memory within limits for {fitting}; {sum(x.spills > 0 for x in rows)} with spills"
     )
     if failures or not all(x.ok for x in rows):
         raise typer.Exit(1)

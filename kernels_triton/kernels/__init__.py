@@ -6,4 +6,4 @@ from .mix_values import mix_values
 from .normaliser import normaliser_backward
 from .state import state_scan
 
-KERNELS = (gates_forward, state_scan, mix_values, normaliser_backward, mix_keys, gates_backward)
+__all__ = ["gates_backward", "gates_forward", "mix_keys", "mix_values", "normaliser_backward", "state_scan"]

@@ -1,11 +1,11 @@
-"""The gates' kernels: everything that depends on i and f alone, before any matrix product, and their gradients after all."""
+"""The gates' kernels: all that depends on i and f alone, before any matrix product, and their gradients after all."""
 
 import triton
 import triton.language as tl
 
 from .common import LOG2E, NEG_INF, cast, exp2_difference, store_pair
 
-# Below this, a closed forget gate is indistinguishable from -inf in float32 states; finite, so that prefix sums stay finite.
+# A closed forget gate below this cannot be told from -inf in any state; finite, so that prefix sums stay finite.
 LOG_FORGET_MIN = tl.constexpr(-1e6)
 NO_TOKEN = tl.constexpr(2147483647)
 
@@ -51,7 +51,10 @@ def gates_forward(
     F_IS_LOG: tl.constexpr,
     M_GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """One program per head. D_ij = 2**(c_j - a_i), beta_i = 2**(M - a_i), alpha_j = 2**(c_j - a_L), gamma = 2**(M - a_L)."""
+    """One program per head.
+
+    D_ij = 2**(c_j - a_i), beta_i = 2**(M - a_i), alpha_j = 2**(c_j - a_L), gamma = 2**(M - a_L).
+    """
     head = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, L)
     n_chunks = tl.cdiv(T, L)

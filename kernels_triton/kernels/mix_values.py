@@ -128,8 +128,7 @@ def mix_values(
             tl.store(r + o_row, b_r)
             if STORE_D:
                 tl.store(d + head * T + t_x, b_d, mask=t_x < T)
-    if not STORE_D:
-        if pid == 0:
-            tl.store(d, 0.0)
+    if not STORE_D and pid == 0:
+        tl.store(d, 0.0)
     offset, stride = contiguous_head(head, T, H, V, BTHD)
     store_tile(out + offset, b_out, t_x, stride, T, o_v, V, BV)

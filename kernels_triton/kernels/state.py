@@ -61,8 +61,9 @@ def state_scan(
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per head and (BK, BV) tile of the state: S <- gamma S + sum_t w_t x_t y_t^T, n <- gamma n + sum_t u_t x_t.
+    """One program per head and (BK, BV) tile of the state.
 
+    S <- gamma S + sum_t w_t x_t y_t^T and n <- gamma n + sum_t u_t x_t, chunk by chunk.
     Forward w = u = alpha. Backward, from the last chunk to the first, w = scale beta / d and u = scale beta delta.
     """
     NKT: tl.constexpr = (K + BK - 1) // BK
