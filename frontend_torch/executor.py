@@ -25,7 +25,7 @@ def launch_all(program: Pass, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     env = {name: tensors[name] for name in program.inputs}
     device = env["q"].device
     with torch.cuda.device_of(env["q"]):
-        for index, launch in enumerate(program.launches):
+        for launch, needed in zip(program.launches, program.needed, strict=True):
             operands = [env[x] if isinstance(x, str) else x for x in launch.operands.values()]
             for buffer, spec in launch.outputs.values():
                 env[buffer] = _empty(spec, device)
@@ -38,7 +38,6 @@ def launch_all(program: Pass, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
                 num_stages=launch.num_stages,
                 enable_fp_fusion=True,
             )
-            needed = program.after(index)
             env = {name: x for name, x in env.items() if name in needed}
     return env
 

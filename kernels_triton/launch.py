@@ -77,7 +77,10 @@ class Pass:
                     return spec
         raise KeyError(name)
 
-    def after(self, index: int) -> frozenset[str]:
-        """The buffers still needed after launch `index`; the others may be freed."""
-        later = (x for launch in self.launches[index + 1 :] for x in launch.buffers)
-        return frozenset((*later, *self.results))
+    @functools.cached_property
+    def needed(self) -> tuple[frozenset[str], ...]:
+        """For each launch, the buffers still needed after it; the others may be freed."""
+        needed = [frozenset(self.results)]
+        for launch in reversed(self.launches[1:]):
+            needed.append(needed[-1].union(launch.buffers))
+        return tuple(reversed(needed))
