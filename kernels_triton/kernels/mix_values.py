@@ -75,8 +75,11 @@ def mix_values(
         b_x = load_tile(p_x, t_x, x_st * UNIT, T, k0 + o_k, K, BK)
         b_state = load_tile(p_state, k0 + o_k, V, K, o_v, V, BV)
         b_out = dot(operand(b_x, BF16), operand(b_state, BF16), b_out, PRECISION)
-        if not BACKWARD:
-            b_r += tl.sum(b_x.to(tl.float32) * load_vector(p_norm, k0 + o_k, K, BK)[None, :], 1)
+    if not BACKWARD:
+        # A loop of its own: reduced beside the product, Triton 3.6 on Hopper overwrites b_x while the product reads it.
+        for k0 in range(0, K, BK):
+            b_x = load_tile(p_x, t_x, x_st * UNIT, T, k0 + o_k, K, BK).to(tl.float32)
+            b_r += tl.sum(b_x * load_vector(p_norm, k0 + o_k, K, BK)[None, :], 1)
     if BACKWARD:
         x_hi = tl.load(p_c + t_x)
         x_lo = tl.load(p_c + padded + t_x)
