@@ -35,7 +35,7 @@ def cast(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def operand(x, BF16: tl.constexpr):
+def operand(x, BF16: tl.constexpr, PRECISION: tl.constexpr):
     """x as an operand of a product with a weighted factor: bfloat16 for bfloat16 inputs, else float32.
 
     float16 inputs go through float32 (tf32) products: gate weights and states exceed float16's range.
@@ -44,6 +44,10 @@ def operand(x, BF16: tl.constexpr):
         y = cast(x, tl.bfloat16)
     else:
         y = x.to(tl.float32)
+        if PRECISION == "tf32":  # matrix units cut off the 13 bits that tf32 lacks: round to nearest even first
+            bits = y.to(tl.uint32, bitcast=True)
+            rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000
+            y = tl.where(y == y, rounded.to(tl.uint32).to(tl.float32, bitcast=True), y)
     return y
 
 

@@ -81,7 +81,7 @@ def mix_keys(
     for v0 in range(0, V, BV):
         b_xv = load_tile(p_xv, t_x, xv_st * UNIT, T, v0 + o_v, V, BV)
         b_state = load_tile_t(p_state, o_k, V, K, v0 + o_v, V, BV)  # [BV, BK]
-        b_out = dot(operand(b_xv, BF16), operand(b_state, BF16), b_out, PRECISION)
+        b_out = dot(operand(b_xv, BF16, PRECISION), operand(b_state, BF16, PRECISION), b_out, PRECISION)
     if KEYS:
         x_hi = tl.load(p_c + t_x)
         x_lo = tl.load(p_c + padded + t_x)
@@ -129,7 +129,7 @@ def mix_keys(
         b_sum += tl.sum(tl.where(m_diag, 0.0, b_s * b_w), 1)
         if not KEYS:
             b_diag += tl.sum(tl.where(m_diag, b_s * b_w, 0.0), 1)
-        b_out = dot(operand(b_w, BF16), operand(b_y, BF16), b_out, PRECISION)
+        b_out = dot(operand(b_w, BF16, PRECISION), operand(b_y, BF16, PRECISION), b_out, PRECISION)
 
     offset, stride = contiguous_head(head, T, H, K, BTHD)
     store_tile(out + offset, b_out, t_x, stride, T, o_k, K, BK)

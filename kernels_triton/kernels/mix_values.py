@@ -74,7 +74,7 @@ def mix_values(
     for k0 in range(0, K, BK):
         b_x = load_tile(p_x, t_x, x_st * UNIT, T, k0 + o_k, K, BK)
         b_state = load_tile(p_state, k0 + o_k, V, K, o_v, V, BV)
-        b_out = dot(operand(b_x, BF16), operand(b_state, BF16), b_out, PRECISION)
+        b_out = dot(operand(b_x, BF16, PRECISION), operand(b_state, BF16, PRECISION), b_out, PRECISION)
     if not BACKWARD:
         # A loop of its own: reduced beside the product, Triton 3.6 on Hopper overwrites b_x while the product reads it.
         for k0 in range(0, K, BK):
@@ -118,7 +118,7 @@ def mix_values(
         if not BACKWARD:
             b_r += tl.sum(b_s, 1)
         b_z = load_tile(p_z, t_y, z_st * UNIT, T, o_v, V, BV)
-        b_out = dot(operand(b_s, BF16), operand(b_z, BF16), b_out, PRECISION)
+        b_out = dot(operand(b_s, BF16, PRECISION), operand(b_z, BF16, PRECISION), b_out, PRECISION)
 
     if BACKWARD:
         if pid == 0:

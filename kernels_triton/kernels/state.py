@@ -132,7 +132,8 @@ def state_scan(
                 b_u = b_w
             b_x = load_tile_t(p_x, t, x_st * UNIT, T, o_k, K, BK).to(tl.float32)  # [BK, BT]
             b_y = load_tile(p_y, t, y_st * UNIT, T, o_v, V, BV)  # [BT, BV]
-            b_state = dot(operand(b_x * b_w[None, :], BF16), operand(b_y, BF16), b_state, PRECISION)
+            b_xw = operand(b_x * b_w[None, :], BF16, PRECISION)
+            b_state = dot(b_xw, operand(b_y, BF16, PRECISION), b_state, PRECISION)
             if vt == 0:
                 b_norm += tl.sum(b_x * b_u[None, :], 1)
 
