@@ -1,0 +1,17 @@
+"""What all tests share: the processor as JAX's device, and the backend that this process can run."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pytest
+
+from kernels_triton.backend import interpreting
+
+pytest.register_assert_rewrite("tests.support")
+
+
+@pytest.fixture
+def backend():
+    """The kernels where Triton's interpreter is on, native operations elsewhere: test files serve both processes."""
+    return "interpret" if interpreting() else "reference"

@@ -1,0 +1,119 @@
+"""What holds for every backend and both frontends; one body each, on the backend that this process can run."""
+
+import itertools
+from typing import Any
+
+import array_api_compat
+import numpy as np
+import pytest
+
+from tests.support import FRAMEWORKS, OUTPUTS, Case, check, make_case, run, same_bits
+
+pytestmark = pytest.mark.parametrize("framework", FRAMEWORKS)
+
+
+def in_segments(*cuts: int):
+    """The operator over [0, cuts[0]), [cuts[0], cuts[1]), ..., each from the state that the one before left."""
+
+    def via(operator):
+        def segmented(q, k, v, i, f, **states: Any):
+            xp = array_api_compat.array_namespace(q)
+            hs = []
+            for start, stop in itertools.pairwise((0, *cuts, q.shape[2])):
+                h, last = operator(*(x[:, :, start:stop] for x in (q, k, v, i, f)), **states)
+                states = dict(zip(("c_initial", "n_initial", "m_initial"), last, strict=True))
+                hs.append(h)
+            return xp.concat(hs, axis=2), last
+
+        return segmented
+
+    return via
+
+
+@pytest.mark.parametrize("mode", ["exact", "detached"])
+def test_segments_equal_the_whole(framework, backend, mode):
+    case = make_case(H=1, T=53, normalizer_grad=mode, chunk_size=16)
+    check(run(framework, case, backend, in_segments(1, 17, 38)), case, backend)
+
+
+def test_runs_repeat_to_the_bit(framework, backend):
+    case = make_case(T=70)
+    same_bits(run(framework, case, backend), run(framework, case, backend))
+
+
+# To the kernels "bthd" is a matter of strides: same arithmetic, same bits.
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layouts_agree(framework, backend, dtype):
+    case = make_case(B=2, T=19, dtype=dtype, chunk_size=16)
+    tokens = ("q", "k", "v", "i", "f", "h", "dh", "dq", "dk", "dv", "di", "df")
+
+    def swapped(arrays):
+        return {n: np.ascontiguousarray(x.swapaxes(1, 2)) if n in tokens else x for n, x in arrays.items()}
+
+    other = Case(swapped(case.arrays), swapped(case.cotangents), {**case.options, "layout": "bthd"})
+    got = run(framework, other, backend)
+    check(got, other, backend)
+    if backend != "reference":
+        same_bits(swapped(run(framework, case, backend)), got)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 16, 64, 512])
+def test_chunk_size_changes_rounding_only(framework, backend, chunk_size):
+    case = make_case(H=1, T=70, chunk_size=chunk_size)
+    check(run(framework, case, backend), case, backend)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("i_dtype, f_dtype", [("float32", "float32"), ("float64", "bfloat16"), ("float16", "float64")])
+def test_dtypes(framework, backend, dtype, i_dtype, f_dtype):
+    case = make_case(H=1, dtype=dtype, i_dtype=i_dtype, f_dtype=f_dtype)
+    got = run(framework, case, backend)
+    assert got["h"].dtype == case.arrays["v"].dtype
+    assert {name: got[f"d{name}"].dtype for name in case.arrays} == {name: x.dtype for name, x in case.arrays.items()}
+    assert {got[name].dtype.name for name in OUTPUTS[1:]} == {"float32"}
+    check(got, case, backend)
+
+
+def test_m_initial_of_rank_three(framework, backend):
+    case = make_case(T=5)
+    column = case.replacing(m_initial=case.arrays["m_initial"][..., None])
+    got = run(framework, column, backend)
+    assert got["dm_initial"].shape == (1, 2, 1)
+    assert got["m_last"].shape == (1, 2)
+    same_bits(got | {"dm_initial": got["dm_initial"][..., 0]}, run(framework, case, backend))
+
+
+SPOILED = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial", "dh", "dc_last", "dn_last", "dm_last")
+
+
+# Head n has the bad number in its n-th array, in one batch element or the next; all other heads are clean.
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_bad_numbers_stay_in_their_head(framework, backend, value):
+    case = make_case(B=2, H=len(SPOILED), T=17, K=3, V=2, chunk_size=16)
+    changed, hit = {}, np.zeros((2, len(SPOILED)), bool)
+    for n, name in enumerate(SPOILED):
+        x = (case.arrays[name] if name in case.arrays else case.cotangents[name[1:]]).copy()
+        x.reshape(2, len(SPOILED), -1)[n % 2, n, -1] = value
+        changed[name], hit[n % 2, n] = x, True
+    with np.errstate(invalid="ignore"):
+        clean, got = run(framework, case, backend), run(framework, case.replacing(**changed), backend)
+    same_bits({name: x[~hit] for name, x in clean.items()}, {name: x[~hit] for name, x in got.items()})
+    finite = np.logical_and.reduce([np.isfinite(x.reshape(*hit.shape, -1)).all(-1) for x in got.values()])
+    # A gate that is wide open or closed is no bad number, nor is a state of no weight.
+    harmless = {np.inf: ("f",), -np.inf: ("i", "f", "m_initial")}.get(value, ())
+    assert {name for n, name in enumerate(SPOILED) if finite[n % 2, n]} <= set(harmless)
+
+
+# A closed gate: of the forget gate, a hard reset (a document boundary); of the input gate, a token left out.
+@pytest.mark.parametrize("states", [True, False], ids=["states", "no-states"])
+@pytest.mark.parametrize("reset, masked", [((0, 9, 17), ()), ((), (0, 9, 10, 18)), ((5, 16), (3, 16)), ((), range(19))])
+def test_closed_gates(framework, backend, reset, masked, states):
+    case = make_case(H=1, T=19, states=states, chunk_size=16)
+
+    def closed(value):
+        i, f = case.arrays["i"].copy(), case.arrays["f"].copy()
+        i[:, :, list(masked)] = value
+        f[:, :, list(reset)] = value
+        return case.replacing(i=i, f=f)
+
+    check(run(framework, closed(-np.inf), backend), case, backend, like=closed(-300.0))

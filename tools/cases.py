@@ -1,0 +1,199 @@
+"""The case table: what the two frontends, and any third implementation, are compared on. Data only; NumPy arrays."""
+
+from __future__ import annotations
+
+import fnmatch
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+INPUTS = ("q", "k", "v", "i", "f")
+INITIAL = ("c_initial", "n_initial", "m_initial")
+LAST = ("c_last", "n_last", "m_last")
+# Options of the operator, and the value at which an implementation that lacks the option still does the same.
+DEFAULTS: Mapping[str, Any] = {
+    "return_last_states": False,
+    "eps": 1e-6,
+    "chunk_size": None,
+    "qk_scale": None,
+    "normalizer_grad": "exact",
+    "layout": "bhtd",
+    "precision": "ieee",
+}
+DOCUMENT = 17  # tokens per document in the cases that have several in one sequence
+CLOSED = -60.0  # the forget gate's pre-activation at a document's first token
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the operator and of its gradients."""
+
+    name: str
+    B: int = 1
+    H: int = 2
+    T: int = 70
+    K: int = 16
+    V: int = 32
+    dtype: str = "float32"  # of q, k, v, h
+    gate_dtype: str = "float32"  # of i, f
+    layout: str = "bhtd"
+    strided: bool = False  # torch: q, k, v are views; bhtd: of (B, T, H, D) memory, bthd: slices of wider rows
+    initial: bool = False  # initial states are given
+    last: bool = False  # last states are returned
+    cotangents: tuple[str, ...] = ()  # the outputs that get one; none named: all outputs
+    normalizer_grad: str = "exact"
+    chunk_size: int | None = None
+    precision: str = "ieee"
+    qk_scale: float | None = None
+    eps: float = 1e-6
+    i_gate: tuple[float, float] = (0.0, 1.0)  # mean and standard deviation
+    f_gate: tuple[float, float] = (3.0, 1.0)
+    documents: bool = False  # the forget gate closes every DOCUMENT tokens
+    gpu: bool = False  # too large for the interpreter
+
+    def __post_init__(self) -> None:
+        unknown = set(self.cotangents) - set(self.outputs)
+        if unknown:
+            raise ValueError(f"cotangents: expected names among {self.outputs}, got {sorted(unknown)}")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("h", *LAST) if self.last else ("h",)
+
+    @property
+    def driven(self) -> tuple[str, ...]:
+        """The outputs that get a cotangent."""
+        return self.cotangents or self.outputs
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (*INPUTS, *INITIAL) if self.initial else INPUTS
+
+    def options(self) -> dict[str, Any]:
+        """The operator's options, by their names in the public function."""
+        return {name: self.last if name == "return_last_states" else getattr(self, name) for name in DEFAULTS}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an input or output, tokens after heads whatever the layout."""
+        head = (self.B, self.H)
+        tails = {"q": (self.T, self.K), "k": (self.T, self.K), "v": (self.T, self.V), "h": (self.T, self.V)}
+        tails |= {"i": (self.T,), "f": (self.T,), "c": (self.K, self.V), "n": (self.K,), "m": ()}
+        return (*head, *tails[name.split("_")[0]])
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of an input or output."""
+        return self.gate_dtype if name in ("i", "f") else "float32" if "_" in name else self.dtype
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy dtype of that name, bfloat16 too."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def make_inputs(case: Case, seed: int = 0) -> Arrays:
+    """Inputs and cotangents (d_h, d_c_last, ...) of a case, in their own dtypes; tokens after heads.
+
+    They depend on the case's name and the seed alone.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(case.name.encode())])
+    arrays: Arrays = {}
+    for name in (*case.inputs, *(f"d_{output}" for output in case.driven)):
+        of = name.removeprefix("d_")
+        x = rng.standard_normal(case.shape(of))
+        if name in ("i", "f"):
+            mean, std = case.i_gate if name == "i" else case.f_gate
+            x = mean + std * x
+        if name == "f" and case.documents:
+            x[:, :, ::DOCUMENT] = CLOSED
+        arrays[name] = np.ascontiguousarray(x.astype(np.float32).astype(numpy_dtype(case.dtype_of(of))))
+    return arrays
+
+
+def _gpu(name: str, **fields: Any) -> Case:
+    return Case(name, **({"B": 1, "H": 4, "T": 2048, "gpu": True} | fields))
+
+
+def _states(name: str, **fields: Any) -> Case:
+    return Case(name, **({"initial": True, "last": True} | fields))
+
+
+HALF = ("bfloat16", "float16")
+MODES = ("exact", "detached")
+GATE_DTYPES = (("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float64"))
+CHUNKS = (16, 32, 128, 256, 512)
+HEADS = ((1, 1), (1, 16), (5, 48), (17, 33), (72, 136))
+GPU_HEADS = ((64, 64), (128, 128), (128, 256), (256, 512))
+
+CASES: tuple[Case, ...] = (
+    # dtypes and modes, from zero and from given states
+    Case("two-chunks", T=128),
+    Case("two-chunks-detached", T=128, normalizer_grad="detached"),
+    *(Case(f"{d}-{mode}", dtype=d, normalizer_grad=mode) for d in HALF for mode in MODES),
+    *(_states(f"states-{mode}", normalizer_grad=mode, chunk_size=32) for mode in MODES),
+    *(_states(f"states-{d}", dtype=d, chunk_size=32, H=1) for d in HALF),
+    *(Case(f"{d}-gates-{g}", T=40, H=1, dtype=d, gate_dtype=g) for d, g in GATE_DTYPES),
+    # states on one side only, and every kind of cotangent
+    Case("initial-only", T=40, H=1, initial=True),
+    Case("last-only", T=40, H=1, last=True),
+    *(_states(f"only-d_{x}", T=40, H=1, chunk_size=16, cotangents=(x,)) for x in ("h", *LAST)),
+    _states("only-d_h-d_m_last", T=40, H=1, chunk_size=16, cotangents=("h", "m_last")),
+    # layouts and views
+    Case("bthd", B=2, T=40, K=17, layout="bthd"),
+    _states("bthd-states-bfloat16", T=40, layout="bthd", dtype="bfloat16"),
+    Case("strided", B=2, T=40, strided=True),
+    Case("strided-bfloat16", T=40, strided=True, dtype="bfloat16"),
+    Case("strided-bthd", T=40, strided=True, layout="bthd"),
+    Case("batch", B=2, H=3, T=16),
+    # lengths
+    Case("one-token", T=1),
+    _states("one-token-states", T=1),
+    *(_states(f"length-{T}", T=T, H=1, chunk_size=16) for T in (7, 16, 47)),
+    Case("length-127", T=127, H=1, dtype="bfloat16"),
+    *(Case(f"chunk-{L}", T=130, H=1, K=16, V=16, chunk_size=L) for L in CHUNKS),
+    # head dimensions, one of them over more than one tile
+    *(_states(f"heads-{K}x{V}", T=20, H=1, K=K, V=V) for K, V in HEADS),
+    Case("heads-72x136-bfloat16", T=20, H=1, K=72, V=136, dtype="bfloat16"),
+    # gates
+    *(_states(f"documents-{mode}", documents=True, H=1, normalizer_grad=mode, chunk_size=32) for mode in MODES),
+    Case("strong-input", H=1, i_gate=(0.0, 10.0)),
+    Case("weak-input", H=1, i_gate=(-10.0, 1.0), f_gate=(5.0, 1.0)),
+    Case("strong-forgetting", H=1, f_gate=(-6.0, 1.0)),
+    Case("uneven-forgetting", H=1, f_gate=(0.0, 15.0)),
+    # options
+    *(Case(f"precision-{p}", T=40, H=1, precision=p) for p in ("tf32x3", "tf32")),
+    Case("scale-and-eps", T=40, H=1, qk_scale=1.0, eps=1e-2),
+    # sizes of real models, on a GPU alone
+    *(_gpu(f"gpu-{d}-{K}x{V}", dtype=d, K=K, V=V) for d in ("bfloat16", "float32") for K, V in GPU_HEADS),
+    *(_gpu(f"gpu-{d}-detached", dtype=d, K=128, V=256, normalizer_grad="detached") for d in ("bfloat16", "float32")),
+    *(
+        _gpu(f"gpu-{d}-long", dtype=d, K=128, V=256, T=4096, f_gate=(5.0, 1.0)) for d in ("bfloat16", "float32")
+    ),
+    _gpu("gpu-ragged", dtype="bfloat16", K=128, V=256, T=1000, initial=True, last=True),
+    _gpu("gpu-ragged-float32", K=100, V=200, T=1000, initial=True, last=True),
+    _gpu("gpu-float16", dtype="float16", K=128, V=128, T=1000),
+    _gpu("gpu-strided", dtype="bfloat16", K=128, V=128, B=2, strided=True),
+    _gpu("gpu-bthd", dtype="bfloat16", K=128, V=128, B=2, layout="bthd"),
+    _gpu("gpu-documents", dtype="bfloat16", K=64, V=128, documents=True, initial=True, last=True),
+    *(_gpu(f"gpu-{p}", K=128, V=128, T=1000, precision=p) for p in ("tf32x3", "tf32")),
+    *(_gpu(f"gpu-chunk-{L}", dtype="bfloat16", K=64, V=64, T=1000, chunk_size=L) for L in (16, 512)),
+)
+
+
+def select(patterns: Iterable[str], cuda: bool) -> list[Case]:
+    """Cases whose name matches one of the glob patterns; without patterns all that suit the device.
+
+    Raises ValueError for a pattern that matches none.
+    """
+    patterns = tuple(patterns)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatch(case.name, pattern) for case in CASES):
+            raise ValueError(f"cases: expected a pattern that matches a case's name (--list shows them), got {pattern!r}")
+    if not patterns:
+        return [case for case in CASES if cuda or not case.gpu]
+    return [case for case in CASES if any(fnmatch.fnmatch(case.name, pattern) for pattern in patterns)]
