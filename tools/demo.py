@@ -17,13 +17,18 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 
-# Nothing here may import torch, jax or triton before the environment is set: see choose_device.
-from .demo_model import Config, initial_weights
+# What imports torch or jax is imported later: choose_device sets what they read when they are imported.
+from .cases import Arrays, Case
+from .demo_model import Config, Params, initial_weights
+
+if TYPE_CHECKING:
+    from .report import Result
 
 SEGMENT = 128  # tokens of the comparison
 
@@ -50,9 +55,9 @@ def choose_device(wanted: str) -> str:
     return "cpu"
 
 
-def train_both(text: Any, config: Config, device: str) -> tuple[dict[str, list[float]], dict[str, Any]]:
+def train_both(text: Any, config: Config, device: str) -> tuple[dict[str, list[float]], Params]:
     """The losses of both frameworks, and the weights that PyTorch arrived at."""
-    import jax.numpy as jnp
+    import jax
 
     from . import demo_train
     from .compare import to_torch
@@ -60,9 +65,81 @@ def train_both(text: Any, config: Config, device: str) -> tuple[dict[str, list[f
     weights = initial_weights(config)
     data = demo_train.batches(text, config)
     torch_params = {name: to_torch(x, device) for name, x in weights.items()}
-    jax_params = {name: jnp.asarray(x) for name, x in weights.items()}
+    jax_params = {name: jax.device_put(x) for name, x in weights.items()}
     losses = {
-        "PyTorch": demo_train.train("PyTorch", demo_train.torch_step(torch_params, config), data, config),
-        "JAX": demo_train.train("JAX    ", demo_train.jax_step(jax_params, config), data, config),
+        "torch": demo_train.train("PyTorch", demo_train.torch_step(torch_params, config), data, config),
+        "jax": demo_train.train("JAX    ", demo_train.jax_step(jax_params, config), data, config),
     }
     return losses, torch_params
+
+
+def cross_validate(case: Case, arrays: Arrays, device: str) -> Result:
+    """The kernels of both frontends on these arrays, against each other and against float64."""
+    from . import compare
+    from .parity import BACKENDS
+    from .report import Result
+
+    start = time.perf_counter()
+    options = case.options() | {"backend": BACKENDS[device]}
+    results = {
+        framework: run(compare.frontend(framework), options, case, arrays, device)
+        for framework, run in compare.RUN.items()
+    }
+    truth = compare.truth(case, arrays, device)
+    rows = compare.compare(case, results, truth, compare.tolerances(case, arrays, truth, device))
+    status = "ok" if all(row.ok for row in rows) else "FAILED"
+    return Result(case, status, tuple(rows), seconds=time.perf_counter() - start)
+
+
+def run(config: Config, device: str, out: Path, console: Console) -> bool:
+    """Everything after the arguments: train, compare, write. Whether the comparison passed."""
+    from . import demo_plot, demo_train, report
+    from .parity import device_name
+
+    start = time.perf_counter()
+    facts = {"device": device_name(device), **report.versions()}
+    report.show(console, facts)
+    text = demo_train.read_text()
+    seen, held_out = demo_train.split(text)
+    losses, params = train_both(seen, config, device)
+
+    arrays = demo_train.activations(params, held_out, config, SEGMENT)
+    B, H, T, K = arrays["q"].shape
+    # bthd, strided: as the model has them, q, k and v are slices of one wider projection.
+    case = Case("trained layer", B, H, T, K, V=K, layout="bthd", strided=True, initial=True, last=True)
+    with console.status("comparing the kernels on the trained layer"):
+        result = cross_validate(case, arrays, device)
+    title = f"The trained layer, B, H, T, K, V = {B}, {H}, {T}, {K}, {K}: relative Frobenius errors against float64"
+    console.print(report.table([result], True, title, ("torch", "jax")))
+
+    source = {"bytes": text.size, "sha256": hashlib.sha256(text.tobytes()).hexdigest()}
+    training: dict[str, Any] = {"config": dataclasses.asdict(config), "text": source, "losses": losses}
+    report.write_json(out / "parity.json", [result], facts | training)
+    demo_plot.draw(out / "parity.png", losses, result.rows, config.batch * config.length, facts["device"])
+    last = ", ".join(f"{name} {np.mean(values[-10:]):.3f}" for name, values in losses.items())
+    console.print(f"loss over the last steps, nats per byte: {last}", highlight=False)
+    seconds = time.perf_counter() - start
+    console.print(f"{report.summary([result])}; {seconds:.0f} s; see {out / 'parity.json'} and {out / 'parity.png'}")
+    return result.status == "ok"
+
+
+def main(
+    steps: int = typer.Option(Config.steps, min=1, help="Training steps in each framework."),
+    device: str = typer.Option("auto", help="auto: a GPU where both frameworks find one, else cpu. cpu. cuda."),
+    out: Path = typer.Option(Path("out"), file_okay=False, writable=True, help="Folder for parity.json and parity.png."),
+) -> None:
+    """Train a small language model in PyTorch and in JAX, and compare the kernels on its activations."""
+    device = choose_device(device)
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    try:
+        passed = run(Config(steps=steps), device, out, console)
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        raise typer.Exit(130) from None
+    if not passed:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
