@@ -23,7 +23,7 @@ def draw(path: Path, losses: Mapping[str, Sequence[float]], rows: Sequence[Row],
         figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.4), layout="constrained", width_ratios=(1, 1.1))
         _losses(left, losses, tokens)
         _errors(right, rows)
-        figure.suptitle(f"mLSTM: one set of Triton kernels from PyTorch and from JAX ({device})", fontsize=13)
+        figure.suptitle(f"mLSTM: one set of Triton kernels, launched from PyTorch and from JAX; {device}", fontsize=13)
         figure.savefig(path, dpi=130)
         plt.close(figure)
 
@@ -37,7 +37,7 @@ def _losses(axes: plt.Axes, losses: Mapping[str, Sequence[float]], tokens: int) 
         steps = range(1, len(values) + 1)
         axes.plot(steps, values, style, color=COLOURS[name], linewidth=width, alpha=alpha, label=label)
     axes.axhline(np.log(256), color="0.5", linewidth=1, linestyle=":")
-    axes.annotate("all bytes equally likely", (1, np.log(256)), (0.98, 4), ("axes fraction", "offset points"))
+    axes.text(len(values), np.log(256), "all bytes equally likely", ha="right", va="bottom", color="0.4", fontsize=9)
     axes.set_title("Training on Python's standard library, same weights and batches", fontsize=11)
     axes.set_xlabel(f"step ({tokens:,} bytes each)")
     axes.set_ylabel("loss (nats per byte)")
@@ -49,7 +49,7 @@ def _errors(axes: plt.Axes, rows: Sequence[Row]) -> None:
     y = np.arange(len(rows))
     axes.plot([row.tolerance for row in rows], y, "|", color="0.2", markersize=14, markeredgewidth=1.5, label="tolerance")
     for (name, label), size in zip(LABELS.items(), (9, 4), strict=True):
-        values = [row.errors[name] for row in rows]
+        values = np.clip([row.errors[name] for row in rows], 1e-9, 1.0)  # 0 and infinity have no place on the axis
         axes.plot(values, y, "o", color=COLOURS[name], markersize=size, label=label)
     axes.set_xscale("log")
     axes.set_yticks(y, [row.tensor for row in rows])
