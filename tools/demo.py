@@ -117,16 +117,20 @@ def run(config: Config, device: str, out: Path, console: Console) -> bool:
     report.write_json(out / "parity.json", [result], facts | training)
     demo_plot.draw(out / "parity.png", losses, result.rows, config.batch * config.length, facts["device"])
     last = ", ".join(f"{name} {np.mean(values[-10:]):.3f}" for name, values in losses.items())
-    console.print(f"loss over the last steps, nats per byte: {last}", highlight=False)
-    seconds = time.perf_counter() - start
-    console.print(f"{report.summary([result])}; {seconds:.0f} s; see {out / 'parity.json'} and {out / 'parity.png'}")
+    same = sum(row.identical is True for row in result.rows)
+    lines = (
+        f"loss over the last steps, nats per byte: {last}",
+        f"{same} of {len(result.rows)} tensors identical to the bit; {sum(row.ok for row in result.rows)} in order",
+        f"{time.perf_counter() - start:.0f} s; wrote {out / 'parity.json'} and {out / 'parity.png'}",
+    )
+    console.print("\n".join(lines), highlight=False)
     return result.status == "ok"
 
 
 def main(
     steps: int = typer.Option(Config.steps, min=1, help="Training steps in each framework."),
     device: str = typer.Option("auto", help="auto: a GPU where both frameworks find one, else cpu. cpu. cuda."),
-    out: Path = typer.Option(Path("out"), file_okay=False, writable=True, help="Folder for parity.json and parity.png."),
+    out: Path = typer.Option(Path("out"), file_okay=False, writable=True, help="Where parity.json and parity.png go."),
 ) -> None:
     """Train a small language model in PyTorch and in JAX, and compare the kernels on its activations."""
     device = choose_device(device)

@@ -10,6 +10,7 @@ import matplotlib as mpl
 mpl.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 from .compare import Row
 
@@ -28,7 +29,7 @@ def draw(path: Path, losses: Mapping[str, Sequence[float]], rows: Sequence[Row],
         plt.close(figure)
 
 
-def _losses(axes: plt.Axes, losses: Mapping[str, Sequence[float]], tokens: int) -> None:
+def _losses(axes: Axes, losses: Mapping[str, Sequence[float]], tokens: int) -> None:
     """Both curves; where they lie on each other the thinner one is on top."""
     for (name, values), width, style in zip(losses.items(), (3.5, 1.2), ("-", "--"), strict=True):
         last = np.mean(values[-10:])
@@ -44,10 +45,10 @@ def _losses(axes: plt.Axes, losses: Mapping[str, Sequence[float]], tokens: int) 
     axes.legend()
 
 
-def _errors(axes: plt.Axes, rows: Sequence[Row]) -> None:
+def _errors(axes: Axes, rows: Sequence[Row]) -> None:
     """One line per tensor: both errors and the tolerance."""
     y = np.arange(len(rows))
-    axes.plot([row.tolerance for row in rows], y, "|", color="0.2", markersize=14, markeredgewidth=1.5, label="tolerance")
+    axes.plot([row.tolerance for row in rows], y, "|", color="0.2", markersize=14, label="tolerance")
     for (name, label), size in zip(LABELS.items(), (9, 4), strict=True):
         values = np.clip([row.errors[name] for row in rows], 1e-9, 1.0)  # 0 and infinity have no place on the axis
         axes.plot(values, y, "o", color=COLOURS[name], markersize=size, label=label)

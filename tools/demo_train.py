@@ -120,16 +120,16 @@ def activations(params: Params, text: np.ndarray, config: Config, tokens: int) -
 
     def mlstm(*qkvif: Any) -> Any:
         nonlocal inputs, outputs
-        states: tuple[Any, ...] = ()
+        states: dict[str, Any] = {}
         hs = []
         for n in range(3):
-            segment = [x[:, n * tokens : (n + 1) * tokens] for x in qkvif]
-            h, last = mlstm_chunkwise(*segment, *states, return_last_states=True, layout="bthd")
-            if n == 1:  # the last block's call comes last and stays
-                inputs = dict(zip((*INPUTS, *INITIAL), (*segment, *states), strict=True))
-                outputs = dict(zip(("h", *LAST), (h, *last), strict=True))
+            segment = (x[:, n * tokens : (n + 1) * tokens] for x in qkvif)
+            given = dict(zip(INPUTS, segment, strict=True)) | states
+            h, last = mlstm_chunkwise(**given, return_last_states=True, layout="bthd")
+            if n == 1:  # of all blocks the last one's comes last, and stays
+                inputs, outputs = given, dict(zip(("h", *LAST), (h, *last), strict=True))
             hs.append(h)
-            states = last
+            states = dict(zip(INITIAL, last, strict=True))
         return torch.cat(hs, dim=1)
 
     piece = torch.from_numpy(text[None, : 3 * tokens + 1].astype(np.int32)).to(params["embedding"].device)

@@ -1,0 +1,108 @@
+"""Bad input is named before anything is launched: argument, what was expected, what came; the same in both frontends."""
+
+import numpy as np
+import pytest
+import torch
+
+from kernels_triton.backend import interpreting
+from tests.support import OPERATORS, make_case, to_torch
+
+CASE = make_case(B=2, H=3, T=5, K=4, V=6)
+
+
+def _zeros(*shape, dtype="float32"):
+    return np.zeros(shape, dtype)
+
+
+def _without(*names):
+    return dict.fromkeys(names)
+
+
+# (what to change, the error, what its text says)
+BAD = {
+    "rank": ({"q": _zeros(2, 3, 5)}, ValueError, r"q: expected rank 4, \(B, H, T, K\), got shape \(2, 3, 5\)"),
+    "gate-rank": ({"i": _zeros(2, 3)}, ValueError, r"i: expected rank 3, \(B, H, T\), got shape \(2, 3\)"),
+    "keys": (
+        {"k": _zeros(2, 3, 5, 8)},
+        ValueError,
+        r"k: expected shape \(B, H, T, K\) = \(2, 3, 5, 4\), got \(2, 3, 5, 8\)",
+    ),
+    "values": ({"v": _zeros(2, 3, 7, 6)}, ValueError, r"v: expected shape \(B, H, T, V\) = \(2, 3, 5, 6\), got"),
+    "gates": ({"f": _zeros(2, 5, 3)}, ValueError, r"f: expected shape \(B, H, T\) = \(2, 3, 5\), got \(2, 5, 3\)"),
+    "layout": ({"layout": "bthd", "i": _zeros(2, 5, 3)}, ValueError, r"i: expected shape \(B, T, H\) = \(2, 3, 5\)"),
+    "c": ({"c_initial": _zeros(2, 3, 6, 4)}, ValueError, r"c_initial: expected shape \(B, H, K, V\) = \(2, 3, 4, 6\)"),
+    "n": ({"n_initial": _zeros(2, 3, 6)}, ValueError, r"n_initial: expected shape \(B, H, K\) = \(2, 3, 4\), got"),
+    "m": ({"m_initial": _zeros(3, 2)}, ValueError, r"m_initial: expected shape \(B, H\) = \(2, 3\) or \(B, H, 1\)"),
+    "mixed-dtypes": ({"k": _zeros(2, 3, 5, 4, dtype="float16")}, TypeError, r"k: expected the dtype of q, float32, got"),
+    "integers": ({"q": _zeros(2, 3, 5, 4, dtype="int32")}, TypeError, r"q: expected dtype float32 or .*, got int32"),
+    "integer-gates": ({"i": _zeros(2, 3, 5, dtype="int32")}, TypeError, r"i: expected dtype .*, got int32"),
+    "half-states": ({"n_initial": _zeros(2, 3, 4, dtype="float16")}, TypeError, r"n_initial: expected dtype float32"),
+    "one-state-missing": (_without("m_initial"), ValueError, r"m_initial: expected all of c_initial, .* got only c_ini"),
+    "two-missing": (_without("c_initial", "m_initial"), ValueError, r"c_initial, m_initial: expected .* only n_initial"),
+    "no-tokens": (
+        {"q": _zeros(2, 3, 0, 4), "k": _zeros(2, 3, 0, 4), "v": _zeros(2, 3, 0, 6)}
+        | {"i": _zeros(2, 3, 0), "f": _zeros(2, 3, 0)},
+        ValueError,
+        r"q: expected T >= 1, got T = 0",
+    ),
+    "wide-keys": ({"q": _zeros(2, 3, 5, 513), "k": _zeros(2, 3, 5, 513)}, ValueError, r"q: expected 1 <= K <= 512, got"),
+    "wide-values": ({"v": _zeros(2, 3, 5, 513)}, ValueError, r"v: expected 1 <= V <= 512, got V = 513"),
+    "no-keys": ({"q": _zeros(2, 3, 5, 0), "k": _zeros(2, 3, 5, 0)}, ValueError, r"q: expected 1 <= K <= 512, got K = 0"),
+    "chunk-48": ({"chunk_size": 48}, ValueError, r"chunk_size: expected a power of two from 16 to 512, got 48"),
+    "chunk-8": ({"chunk_size": 8}, ValueError, r"chunk_size: expected a power of two from 16 to 512, got 8"),
+    "chunk-1024": ({"chunk_size": 1024}, ValueError, r"chunk_size: expected a power of two .*, got 1024"),
+    "chunk-float": ({"chunk_size": 64.0}, TypeError, r"chunk_size: expected an int or None, got float"),
+    "layout-name": ({"layout": "btdh"}, ValueError, r"layout: expected one of 'bhtd', 'bthd', got 'btdh'"),
+    "mode-name": ({"normalizer_grad": "none"}, ValueError, r"normalizer_grad: expected one of 'exact', 'detached', got"),
+    "precision-name": ({"precision": "high"}, ValueError, r"precision: expected one of 'ieee', .*, got 'high'"),
+    "backend-name": ({"backend": "cuda"}, ValueError, r"backend: expected one of 'triton', .*, got 'cuda'"),
+    "eps-negative": ({"eps": -1e-6}, ValueError, r"eps: expected a finite number >= 0.0, got -1e-06"),
+    "eps-kind": ({"eps": "small"}, TypeError, r"eps: expected a Python number, got str"),
+    "scale": ({"qk_scale": float("nan")}, ValueError, r"qk_scale: expected a finite number, got nan"),
+    "triton-on-cpu": ({"backend": "triton"}, ValueError, r"backend: 'triton' expected arrays on a CUDA or ROCm device"),
+}
+if not interpreting():
+    text = r"backend: 'interpret' expected TRITON_INTERPRET=1 in the environment before Python starts"
+    BAD["interpret-not-set"] = ({"backend": "interpret"}, ValueError, text)
+
+
+@pytest.fixture(autouse=True)
+def no_launch(monkeypatch):
+    """Any execution of a plan, or of the reference, is a failure."""
+
+    def launched(*_, **__):
+        raise AssertionError("something was executed")
+
+    for name in ("frontend_torch.operator.run", "frontend_jax.operator.run", "kernels_triton.reference.chunkwise"):
+        monkeypatch.setattr(name, launched)
+
+
+def _call(framework, changes):
+    arguments = {**CASE.arrays, **changes}
+    if framework == "torch":
+        arguments = {n: to_torch(x) if isinstance(x, np.ndarray) else x for n, x in arguments.items()}
+    return OPERATORS[framework](**arguments)
+
+
+@pytest.mark.parametrize("framework", OPERATORS)
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(framework, name):
+    changes, kind, text = BAD[name]
+    with pytest.raises(kind, match=text):
+        _call(framework, changes)
+
+
+@pytest.mark.parametrize("framework, kind", [("torch", r"torch\.Tensor"), ("jax", r"jax\.Array")])
+def test_not_an_array(framework, kind):
+    with pytest.raises(TypeError, match=rf"v: expected a {kind}, got list"):
+        _call(framework, {"v": [1.0, 2.0]})
+
+
+def test_mixed_devices():
+    with pytest.raises(ValueError, match=r"f: expected the device of q, cpu, got meta"):
+        _call("torch", {"f": torch.zeros(2, 3, 5, device="meta")})
+
+
+def test_the_case_itself_is_good():
+    with pytest.raises(AssertionError, match="something was executed"):
+        _call("torch", {"backend": "reference"})

@@ -1,0 +1,104 @@
+"""The plan as data: what it compiles, and for which shapes; nothing runs."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from kernels_triton import plan
+from kernels_triton.config import Config, Tile, configure
+from kernels_triton.launch import Launch
+from kernels_triton.validation import ArrayInfo, check_call
+
+OPTIONS = {"eps": 1e-6, "chunk_size": None, "qk_scale": None, "normalizer_grad": "exact"}
+OPTIONS |= {"layout": "bhtd", "precision": "ieee", "backend": "auto"}
+
+
+def problem(B=2, H=4, T=100, K=64, V=128, dtype="bfloat16", states=True, **options):
+    options = OPTIONS | options
+    tokens = (B, T, H) if options["layout"] == "bthd" else (B, H, T)
+    arrays = {"q": (*tokens, K), "k": (*tokens, K), "v": (*tokens, V)}
+    infos = {name: ArrayInfo(shape, dtype, "") for name, shape in arrays.items()}
+    arrays = {"i": tokens, "f": tokens}
+    if states:
+        arrays |= {"c_initial": (B, H, K, V), "n_initial": (B, H, K), "m_initial": (B, H)}
+    return check_call(infos | {name: ArrayInfo(shape, "float32", "") for name, shape in arrays.items()}, **options)
+
+
+def launches(p):
+    return plan.forward_pass(p).launches + plan.backward_pass(p, None, True).launches
+
+
+def compiled_for(p):
+    """All that a kernel is compiled for: run-time integers count only as 1, of 32 bits, or wider."""
+    kinds = []
+    for launch in launches(p):
+        scalars = {n: 1 if x == 1 else 32 if x < 2**31 else 64 for n, x in launch.operands.items() if isinstance(x, int)}
+        kinds.append((launch.name, scalars, dict(launch.constexprs), launch.num_warps, launch.num_stages))
+    return kinds
+
+
+@pytest.mark.parametrize("layout", ["bhtd", "bthd"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_another_length_compiles_nothing(layout, dtype):
+    expected = compiled_for(problem(T=100, layout=layout, dtype=dtype))
+    for T in (2, 17, 64, 65, 1024, 4099, 65536):
+        assert compiled_for(problem(T=T, layout=layout, dtype=dtype)) == expected
+
+
+@pytest.mark.parametrize("B, H, T, K, V", [(1, 8, 1_100_000, 64, 256), (64, 64, 8192, 256, 512), (2, 4, 2_000_003, 16, 16)])
+def test_huge_shapes(B, H, T, K, V):
+    p = problem(B, H, T, K, V)
+    chunks = B * H * -(-T // configure(p).L)
+    assert chunks > 65_535
+    for launch in launches(p):
+        assert isinstance(launch.grid, int)
+        assert 0 < launch.grid < 2**31
+        assert launch.grid >= B * H
+
+
+def test_every_configuration_is_valid():
+    dims = [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 96, 127, 128, 129, 192, 255, 256, 257, 384, 511, 512]
+    chunks = [None, 16, 32, 64, 128, 256, 512]
+    for K, V, L, dtype in itertools.product(dims, dims, chunks, ("float32", "bfloat16", "float16")):
+        config = configure(problem(K=K, V=V, dtype=dtype, chunk_size=L))
+        assert L is None or config.L == L
+        for field in dataclasses.fields(Config):
+            tile = getattr(config, field.name)
+            if isinstance(tile, Tile):
+                blocks = (tile.BT, tile.BS, tile.BK, tile.BV)
+                assert all(x >= 16 and x & (x - 1) == 0 for x in blocks), (K, V, L, dtype, tile)
+                assert config.L % tile.BT == 0
+                assert config.L % tile.BS == 0
+
+
+def test_a_launch_checks_its_names():
+    launch = launches(problem())[0]
+    operands = {name: x for name, x in launch.operands.items() if name != "T"}
+    with pytest.raises(TypeError, match=r"gates_forward: run-time parameters: expected .*'T'"):
+        dataclasses.replace(launch, operands=operands)
+    swapped = dict(reversed(launch.operands.items()))
+    with pytest.raises(TypeError, match=r"gates_forward: run-time parameters"):
+        dataclasses.replace(launch, operands=swapped)
+    with pytest.raises(TypeError, match=r"gates_forward: constexprs: expected .* got \['L'\]"):
+        dataclasses.replace(launch, constexprs={"L": 64})
+
+
+@pytest.mark.parametrize("states", [True, False])
+@pytest.mark.parametrize("has_dlast", [True, False])
+def test_passes_are_closed(states, has_dlast):
+    """Every buffer read was given or made before; every result was made; nothing is made twice."""
+    p = problem(states=states)
+    for program in (plan.forward_pass(p), plan.backward_pass(p, None, has_dlast)):
+        known = set(program.inputs)
+        for launch in program.launches:
+            assert isinstance(launch, Launch)
+            assert set(launch.buffers) <= known
+            made = {buffer for buffer, _ in launch.outputs.values()}
+            assert not made & known - {"unused_scan", "unused_values", "unused_d"}
+            known |= made
+        assert set(program.results) <= known - set(program.inputs)
+
+
+def test_equal_problems_share_a_plan():
+    assert plan.forward_pass(problem()) is plan.forward_pass(problem())
