@@ -64,9 +64,10 @@ def run(program: Pass, buffers: Mapping[str, HostArray]) -> dict[str, np.ndarray
         for name, (buffer, spec) in launch.outputs.items():
             env[buffer], _ = empty(spec.shape, spec.dtype)
             arguments[name] = env[buffer]
-        # Overflow to inf and nan arithmetic are defined results on a GPU, without warnings. The deprecation is how the
-        # interpreter turns run-time loop bounds into Python integers.
+        # Overflow to inf, nan arithmetic and a maximum of nans are defined results on a GPU, without warnings. The
+        # deprecation is how the interpreter turns run-time loop bounds into Python integers.
         with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
             warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
             launch.kernel[(launch.grid,)](**arguments, **launch.constexprs)
     return {name: env[name].owner for name in program.results}

@@ -99,7 +99,7 @@ def chunkwise(
     n_chunks = -(-T // L)
     log_f = log_sigmoid(xp, f)
     o = xp.arange(L, device=array_api_compat.device(q)) if array_api_compat.is_torch_array(q) else xp.arange(L)
-    causal = o[None, :] <= o[:, None]
+    causal, after = o[None, :] <= o[:, None], o[None, :] < o[:, None]
 
     def chunks(x: Array, fill: float) -> Array:
         """(B, H, T, ...) -> (n_chunks, B, H, L, ...), the tail filled."""
@@ -114,7 +114,10 @@ def chunkwise(
         c, n, m = state
         q_c, k_c, v_c, i_c, log_f_c = chunk
         b = xp.cumulative_sum(log_f_c, axis=-1)  # [B, H, L]
-        log_d = b[..., :, None] - b[..., None, :] + i_c[..., None, :]
+        # log f summed over j < t <= i, each sum for itself: differences of b would lose digits behind a closed gate.
+        between = xp.where(after, log_f_c[..., :, None], xp.asarray(0.0, dtype=q.dtype))
+        log_d = xp.cumulative_sum(between, axis=-2) + i_c[..., None, :]  # [B, H, L, L]
+        log_a = log_d[..., -1, :]
         log_d = xp.where(causal, log_d, xp.asarray(-float("inf"), dtype=q.dtype))
         m_row = stop_gradient(xp.maximum(b + m[..., None], xp.max(log_d, axis=-1)))  # h is independent of it
         s = (q_c @ xp.matrix_transpose(k_c)) * scale * xp.exp(log_d - m_row[..., None])
@@ -124,7 +127,6 @@ def chunkwise(
         h = num / _normaliser(xp, r, m_row, eps, normalizer_grad, stop_gradient)[..., None]
 
         total = b[..., -1]
-        log_a = total[..., None] - b + i_c
         m_new = xp.maximum(total + m, xp.max(log_a, axis=-1))
         keep = xp.exp(total + m - m_new)
         k_a = k_c * xp.exp(log_a - m_new[..., None])[..., None]

@@ -13,7 +13,7 @@ MODES = ("exact", "detached")
 def test_operator(name, mode, framework, backend):
     case, expected = vectors()[name]
     case = case.but(normalizer_grad=mode)
-    check(run(framework, case, backend), case, backend, expected[mode])
+    check(run(framework, case, backend), case, expected[mode])
 
 
 @pytest.mark.parametrize("form", ["recurrent", "chunkwise"])

@@ -82,8 +82,9 @@ class Case:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of an input or output, tokens after heads whatever the layout."""
         head = (self.B, self.H)
-        tails = {"q": (self.T, self.K), "k": (self.T, self.K), "v": (self.T, self.V), "h": (self.T, self.V)}
-        tails |= {"i": (self.T,), "f": (self.T,), "c": (self.K, self.V), "n": (self.K,), "m": ()}
+        tails: dict[str, tuple[int, ...]] = {"i": (self.T,), "f": (self.T,)}
+        tails |= {"q": (self.T, self.K), "k": (self.T, self.K), "v": (self.T, self.V), "h": (self.T, self.V)}
+        tails |= {"c": (self.K, self.V), "n": (self.K,), "m": ()}
         return (*head, *tails[name.split("_")[0]])
 
     def dtype_of(self, name: str) -> str:
@@ -171,9 +172,7 @@ CASES: tuple[Case, ...] = (
     # sizes of real models, on a GPU alone
     *(_gpu(f"gpu-{d}-{K}x{V}", dtype=d, K=K, V=V) for d in ("bfloat16", "float32") for K, V in GPU_HEADS),
     *(_gpu(f"gpu-{d}-detached", dtype=d, K=128, V=256, normalizer_grad="detached") for d in ("bfloat16", "float32")),
-    *(
-        _gpu(f"gpu-{d}-long", dtype=d, K=128, V=256, T=4096, f_gate=(5.0, 1.0)) for d in ("bfloat16", "float32")
-    ),
+    *(_gpu(f"gpu-{d}-long", dtype=d, K=128, V=256, T=4096, f_gate=(5.0, 1.0)) for d in ("bfloat16", "float32")),
     _gpu("gpu-ragged", dtype="bfloat16", K=128, V=256, T=1000, initial=True, last=True),
     _gpu("gpu-ragged-float32", K=100, V=200, T=1000, initial=True, last=True),
     _gpu("gpu-float16", dtype="float16", K=128, V=128, T=1000),
@@ -193,7 +192,9 @@ def select(patterns: Iterable[str], cuda: bool) -> list[Case]:
     patterns = tuple(patterns)
     for pattern in patterns:
         if not any(fnmatch.fnmatch(case.name, pattern) for case in CASES):
-            raise ValueError(f"cases: expected a pattern that matches a case's name (--list shows them), got {pattern!r}")
+            raise ValueError(
+                f"cases: expected a pattern that matches a case's name (--list shows them), got {pattern!r}"
+            )
     if not patterns:
         return [case for case in CASES if cuda or not case.gpu]
     return [case for case in CASES if any(fnmatch.fnmatch(case.name, pattern) for pattern in patterns)]

@@ -100,8 +100,9 @@ def max_relative(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def frobenius_error(x: np.ndarray, truth: np.ndarray) -> float:
-    """|x - truth| / |truth|, infinite where x is not finite. Below float32's smallest normal, |truth| counts as that:
-    what underflows, or is 0, has no digits to agree in.
+    """|x - truth| / |truth|, infinite where x is not finite.
+
+    Below float32's smallest normal |truth| counts as that: what underflows, or is 0, has no digits to agree in.
     """
     if x.shape != truth.shape:
         raise ValueError(f"x: expected the shape of the truth, {truth.shape}, got {x.shape}")
@@ -171,7 +172,9 @@ def run_torch(function: Function, options: Mapping[str, Any], case: Case, arrays
         found = torch.autograd.grad([outputs[n] for n in driven], list(inputs.values()), cotangents, allow_unused=True)
         for (name, x), gradient in zip(inputs.items(), found, strict=True):
             gradients[name] = torch.zeros_like(x) if gradient is None else gradient
-    return _results({n: from_torch(x) for n, x in outputs.items()}, {n: from_torch(x) for n, x in gradients.items()}, case)
+    return _results(
+        {n: from_torch(x) for n, x in outputs.items()}, {n: from_torch(x) for n, x in gradients.items()}, case
+    )
 
 
 def run_jax(function: Function, options: Mapping[str, Any], case: Case, arrays: Arrays, device: str) -> Arrays:
@@ -190,7 +193,8 @@ def run_jax(function: Function, options: Mapping[str, Any], case: Case, arrays: 
         placed = {n: jax.device_put(_swap(x, case) if _per_token(n) else x, place) for n, x in arrays.items()}
         inputs = {name: placed[name] for name in case.inputs}
         outputs, gradients = jax.jit(both)(inputs, {name: placed[f"d_{name}"] for name in case.driven})
-        return _results(*({n: np.asarray(x) for n, x in part.items()} for part in (outputs, gradients)), case)
+        host = [{name: np.asarray(x) for name, x in part.items()} for part in (outputs, gradients)]
+        return _results(host[0], host[1], case)
 
 
 RUN = {"torch": run_torch, "jax": run_jax}
@@ -266,16 +270,24 @@ def compare(case: Case, results: Mapping[str, Arrays], exact: Arrays, tolerance:
         each = {framework: result[name] for framework, result in results.items()}
         errors = {framework: frobenius_error(y, x) for framework, y in each.items()}
         first, *others = each.values()
-        pair = (identical(first, others[0]), max_ulp(first, others[0]), max_relative(first, others[0])) if others else ()
+        pair = (
+            (identical(first, others[0]), max_ulp(first, others[0]), max_relative(first, others[0])) if others else ()
+        )
         rows.append(Row(case.name, name, first.dtype.name, errors, tolerance[name], *pair))
     return rows
 
 
 def accepted_options(function: Function, case: Case) -> tuple[dict[str, Any], list[str]]:
-    """The case's options that a function names in its signature, and what the case needs but it does not name."""
+    """The case's options that a function names in its signature, and what the case needs but it does not name.
+
+    A chunk size is never needed: results do not depend on it but for rounding.
+    """
     names = inspect.signature(function).parameters
-    wanted = {name: value for name, value in case.options().items() if name != "chunk_size" or value is not None}
-    missing = [f"{name}={value!r}" for name, value in wanted.items() if name not in names and value != DEFAULTS[name]]
+    options = {name: x for name, x in case.options().items() if name in names}
+    if options.get("chunk_size", 0) is None:
+        del options["chunk_size"]  # None means "the best" here, and perhaps nothing there
+    optional = (*options, "chunk_size")
+    missing = [f"{name}={x!r}" for name, x in case.options().items() if name not in optional and x != DEFAULTS[name]]
     if case.initial and not set(INITIAL) <= set(names):
         missing.append("initial states")
-    return {name: value for name, value in wanted.items() if name in names}, missing
+    return options, missing

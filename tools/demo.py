@@ -6,7 +6,7 @@ Both start from the same weights and read the same text, the source of Python's 
 trained model's last mLSTM layer then gives real activations, gates, states and cotangents, on which the Triton kernels
 of both frontends are held against each other, to the bit, and against float64: in Triton's interpreter on a CPU,
 compiled on a GPU. Writes parity.json and parity.png. Exit code 1 if any bit differs between the frontends or an error
-exceeds its tolerance; 2 for bad arguments; 130 if interrupted.
+exceeds its tolerance; 2 for bad arguments, or if there is no text; 130 if interrupted.
 """
 
 from __future__ import annotations
@@ -14,20 +14,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import typer
 from rich.console import Console
+from rich.table import Table
 
 # What imports torch or jax is imported later: choose_device sets what they read when they are imported.
+from . import demo_train
 from .cases import Arrays, Case
 from .demo_model import Config, Params, initial_weights
 
 if TYPE_CHECKING:
+    from .compare import Row
     from .report import Result
 
 SEGMENT = 128  # tokens of the comparison
@@ -55,11 +60,10 @@ def choose_device(wanted: str) -> str:
     return "cpu"
 
 
-def train_both(text: Any, config: Config, device: str) -> tuple[dict[str, list[float]], Params]:
+def train_both(text: np.ndarray, config: Config, device: str) -> tuple[dict[str, list[float]], Params]:
     """The losses of both frameworks, and the weights that PyTorch arrived at."""
     import jax
 
-    from . import demo_train
     from .compare import to_torch
 
     weights = initial_weights(config)
@@ -71,6 +75,22 @@ def train_both(text: Any, config: Config, device: str) -> tuple[dict[str, list[f
         "jax": demo_train.train("JAX    ", demo_train.jax_step(jax_params, config), data, config),
     }
     return losses, torch_params
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """A line per tensor, within 80 columns."""
+    caption = "error: relative Frobenius, against float64; limit: of the error"
+    out = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    out.add_column("tensor", no_wrap=True)
+    for name in ("same bits", "max ULP", "max rel. diff.", "error torch", "error JAX", "limit"):
+        out.add_column(name, justify="right", overflow="fold")
+    out.add_column("")
+    for row in rows:
+        bits = "yes" if row.identical else "[bold red]NO[/]"
+        errors = [f"{x:.1e}" if row.within(name) else f"[red]{x:.1e}[/]" for name, x in row.errors.items()]
+        last = "[green]ok[/]" if row.ok else "[bold red]NO[/]"
+        out.add_row(row.tensor, bits, str(row.ulp), f"{row.difference:.1g}", *errors, f"{row.tolerance:.1e}", last)
+    return out
 
 
 def cross_validate(case: Case, arrays: Arrays, device: str) -> Result:
@@ -91,15 +111,14 @@ def cross_validate(case: Case, arrays: Arrays, device: str) -> Result:
     return Result(case, status, tuple(rows), seconds=time.perf_counter() - start)
 
 
-def run(config: Config, device: str, out: Path, console: Console) -> bool:
+def run(text: np.ndarray, config: Config, device: str, out: Path, console: Console) -> bool:
     """Everything after the arguments: train, compare, write. Whether the comparison passed."""
-    from . import demo_plot, demo_train, report
+    from . import demo_plot, report
     from .parity import device_name
 
     start = time.perf_counter()
     facts = {"device": device_name(device), **report.versions()}
     report.show(console, facts)
-    text = demo_train.read_text()
     seen, held_out = demo_train.split(text)
     losses, params = train_both(seen, config, device)
 
@@ -107,10 +126,10 @@ def run(config: Config, device: str, out: Path, console: Console) -> bool:
     B, H, T, K = arrays["q"].shape
     # bthd, strided: as the model has them, q, k and v are slices of one wider projection.
     case = Case("trained layer", B, H, T, K, V=K, layout="bthd", strided=True, initial=True, last=True)
-    with console.status("comparing the kernels on the trained layer"):
-        result = cross_validate(case, arrays, device)
-    title = f"The trained layer, B, H, T, K, V = {B}, {H}, {T}, {K}, {K}: relative Frobenius errors against float64"
-    console.print(report.table([result], True, title, ("torch", "jax")))
+    console.print("comparing the kernels on the trained layer", highlight=False)
+    result = cross_validate(case, arrays, device)
+    title = f"Kernels on the trained layer's activations (B {B}, H {H}, T {T}, K {K}, V {K})"
+    console.print(table(result.rows, title))
 
     source = {"bytes": text.size, "sha256": hashlib.sha256(text.tobytes()).hexdigest()}
     training: dict[str, Any] = {"config": dataclasses.asdict(config), "text": source, "losses": losses}
@@ -120,7 +139,7 @@ def run(config: Config, device: str, out: Path, console: Console) -> bool:
     same = sum(row.identical is True for row in result.rows)
     lines = (
         f"loss over the last steps, nats per byte: {last}",
-        f"{same} of {len(result.rows)} tensors identical to the bit; {sum(row.ok for row in result.rows)} in order",
+        f"{same} of {len(result.rows)} tensors identical to the bit; result {result.status}",
         f"{time.perf_counter() - start:.0f} s; wrote {out / 'parity.json'} and {out / 'parity.png'}",
     )
     console.print("\n".join(lines), highlight=False)
@@ -134,16 +153,21 @@ def main(
 ) -> None:
     """Train a small language model in PyTorch and in JAX, and compare the kernels on its activations."""
     device = choose_device(device)
-    out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if sys.stdout.isatty() else 150)
     try:
-        passed = run(Config(steps=steps), device, out, console)
-    except KeyboardInterrupt:
-        console.print("interrupted")
-        raise typer.Exit(130) from None
-    if not passed:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from error
+    console = Console(width=None if sys.stdout.isatty() else 80)
+    try:
+        text = demo_train.read_text()
+    except (OSError, ValueError) as error:
+        console.print(str(error), style="red", markup=False)
+        raise typer.Exit(2) from None
+    if not run(text, Config(steps=steps), device, out, console):
         raise typer.Exit(1)
 
 
 if __name__ == "__main__":
+    # Ctrl-C ends the process at once: JAX would finish its compilation first, and may crash or swallow the exception.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     typer.run(main)

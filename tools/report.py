@@ -47,11 +47,12 @@ def versions() -> dict[str, str]:
 
 
 def worst(rows: Sequence[Row]) -> Row:
-    """The row to show for a case: one that differs or fails if there is one, then the largest error per tolerance."""
+    """The row to show for a case: one that fails if there is one, and of those the largest error per tolerance."""
 
     def badness(row: Row) -> tuple[bool, bool, float]:
-        # A column within tolerance suffices where columns are gradient modes, so the smallest error decides.
-        return (row.identical is False, not row.ok, min(row.errors.values()) / row.tolerance)
+        # Of gradient modes the nearer one counts, of frameworks the worse one.
+        decisive = min if row.identical is None else max
+        return (not row.ok, row.identical is False, decisive(row.errors.values()) / row.tolerance)
 
     return max(rows, key=badness)
 
@@ -112,9 +113,9 @@ def summary(results: Sequence[Result]) -> str:
     same = [row.identical for x in results for row in x.rows if row.identical is not None]
     text = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
     bits = f"; {sum(same)} of {len(same)} bitwise identical" if same else ""
-    modes = Counter(x.note for x in results if x.rows and x.note)
-    kinds = "".join(f"; {note} ({n})" for note, n in modes.most_common())
-    return f"{len(results)} cases: {text}; {tensors} tensors{bits}{kinds}"
+    modes = Counter(x.note.split(";")[0] for x in results if x.rows and x.note)
+    nearest = f"; nearest to {', '.join(f'{mode} ({n})' for mode, n in modes.most_common())}" if modes else ""
+    return f"{len(results)} case{'s' * (len(results) != 1)}: {text}; {tensors} tensors{bits}{nearest}"
 
 
 def show(console: Console, facts: dict[str, str]) -> None:
