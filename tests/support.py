@@ -174,7 +174,11 @@ def readable(framework: str, case: Case, form: str, dtype: str) -> Results:
             q, k, v, i, f = (xp.swapaxes(x, 1, 2) for x in (q, k, v, i, f))
         B, H, _, V = v.shape
         zeros = functools.partial(xp.zeros, dtype=q.dtype)
-        states = (c_initial, n_initial, m_initial) if c_initial is not None else map(zeros, ((B, H, K, V), (B, H, K), (B, H)))
+        states = (
+            (c_initial, n_initial, m_initial)
+            if c_initial is not None
+            else map(zeros, ((B, H, K, V), (B, H, K), (B, H)))
+        )
         c, n, m = states
         h, last = getattr(reference, form)(
             *(q, k, v, i, f, c, n, m.reshape(B, H)),
@@ -230,7 +234,11 @@ def limits(case: Case, true: Results) -> dict[str, float]:
         factor, rough = 4, truth(case.replacing(**noisy))
     own = {"h": dtypes["v"]} | {f"d{name}": dtype for name, dtype in dtypes.items()}  # states are float32
     return {
-        name: factor * error(rough[name], x) + FLOOR + 4 * ROUNDING[own.get(name, "float32")] for name, x in true.items()
+        # Operands are rounded to the inputs' dtype, whatever a result's own dtype.
+        name: factor * error(rough[name], x)
+        + FLOOR
+        + 4 * max(ROUNDING[own.get(name, "float32")], ROUNDING[dtypes["q"]])
+        for name, x in true.items()
     }
 
 

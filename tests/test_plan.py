@@ -33,7 +33,9 @@ def compiled_for(p):
     """All that a kernel is compiled for: run-time integers count only as 1, of 32 bits, or wider."""
     kinds = []
     for launch in launches(p):
-        scalars = {n: 1 if x == 1 else 32 if x < 2**31 else 64 for n, x in launch.operands.items() if isinstance(x, int)}
+        scalars = {
+            n: 1 if x == 1 else 32 if x < 2**31 else 64 for n, x in launch.operands.items() if isinstance(x, int)
+        }
         kinds.append((launch.name, scalars, dict(launch.constexprs), launch.num_warps, launch.num_stages))
     return kinds
 
@@ -46,7 +48,9 @@ def test_another_length_compiles_nothing(layout, dtype):
         assert compiled_for(problem(T=T, layout=layout, dtype=dtype)) == expected
 
 
-@pytest.mark.parametrize("B, H, T, K, V", [(1, 8, 1_100_000, 64, 256), (64, 64, 8192, 256, 512), (2, 4, 2_000_003, 16, 16)])
+@pytest.mark.parametrize(
+    "B, H, T, K, V", [(1, 8, 1_100_000, 64, 256), (64, 64, 8192, 256, 512), (2, 4, 2_000_003, 16, 16)]
+)
 def test_huge_shapes(B, H, T, K, V):
     p = problem(B, H, T, K, V)
     chunks = B * H * -(-T // configure(p).L)

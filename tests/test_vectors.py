@@ -27,6 +27,8 @@ def test_readable_reference(name, mode, form, framework="torch"):
 
 
 # The same source, which JAX takes long to trace.
-@pytest.mark.parametrize("name, form", [("one_token", "recurrent"), ("states", "chunkwise"), ("ragged_length", "chunkwise")])
+@pytest.mark.parametrize(
+    "name, form", [("one_token", "recurrent"), ("states", "chunkwise"), ("ragged_length", "chunkwise")]
+)
 def test_readable_reference_in_jax(name, form):
     test_readable_reference(name, "exact", form, "jax")

@@ -1,0 +1,109 @@
+"""What PyTorch's users rely on beyond numbers: grad modes, subsets of inputs and outputs, lifetimes."""
+
+import gc
+import itertools
+import weakref
+
+import pytest
+import torch
+
+from frontend_torch import mlstm_chunkwise
+from tests.support import INPUTS, OUTPUTS, make_case, named, run, same_bits, to_torch
+
+SMALL = make_case(H=1, T=19, K=3, V=5, chunk_size=16)
+SUBSETS = [names for size in range(1, 5) for names in itertools.combinations(OUTPUTS, size)]
+
+
+def call(backend, leaves=INPUTS, case=SMALL):
+    """The arguments and the outputs by name, with gradients for some inputs."""
+    arrays = {name: to_torch(x.copy()) for name, x in case.arrays.items()}
+    for name in leaves:
+        arrays[name].requires_grad_()
+    return arrays, named(mlstm_chunkwise(**arrays, backend=backend, **case.options))
+
+
+def cotangents(names):
+    return [to_torch(SMALL.cotangents[name]) for name in names]
+
+
+# Gradients are linear in the cotangents: a subset's gradients are those with zeros for the rest.
+@pytest.mark.parametrize("names", SUBSETS, ids="-".join)
+def test_every_subset_of_outputs(backend, names):
+    arrays, outputs = call(backend)
+    leaves = list(arrays.values())
+    given = [outputs[name] for name in names]
+    some = torch.autograd.grad(given, leaves, cotangents(names), allow_unused=True, retain_graph=True)
+    filled = [x if name in names else torch.zeros_like(x) for name, x in zip(OUTPUTS, cotangents(OUTPUTS), strict=True)]
+    full = torch.autograd.grad([outputs[name] for name in OUTPUTS], leaves, filled)
+    for x, y in zip(some, full, strict=True):
+        torch.testing.assert_close(torch.zeros_like(y) if x is None else x, y, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in INPUTS), ("q", "i"), ("v", "f", "m_initial")], ids="-".join)
+def test_gradients_of_some_inputs(backend, names):
+    arrays, outputs = call(backend, names)
+    torch.autograd.backward(list(outputs.values()), cotangents(OUTPUTS))
+    everything = run("torch", SMALL, backend)
+    assert {name for name, x in arrays.items() if x.grad is not None} == set(names)
+    got = {f"d{name}": x.grad.numpy() for name, x in arrays.items() if x.grad is not None}
+    same_bits(got, {name: everything[name] for name in got})
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(backend, mode):
+    with mode():
+        _, outputs = call(backend)
+    assert not any(x.requires_grad for x in outputs.values())
+    _, expected = call(backend)
+    assert all(torch.equal(x, expected[name]) for name, x in outputs.items())
+
+
+def test_plain_inputs_need_no_gradient(backend):
+    _, outputs = call(backend, ())
+    assert not any(x.requires_grad for x in outputs.values())
+
+
+def test_h_alone_and_with_states_agree(backend):
+    _, outputs = call(backend)
+    _, h = call(backend, case=SMALL.but(return_last_states=False))
+    assert torch.equal(h["h"], outputs["h"])
+
+
+def test_backward_twice(backend):
+    arrays, outputs = call(backend)
+    leaves = list(arrays.values())
+    first = torch.autograd.grad(outputs["h"].sum(), leaves, retain_graph=True)
+    second = torch.autograd.grad(outputs["h"].sum(), leaves)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(outputs["h"].sum(), leaves)
+
+
+def test_memory_is_released(backend):
+    arrays, outputs = call(backend)
+    alive = [weakref.ref(x) for x in (*arrays.values(), *outputs.values())]
+    outputs["h"].sum().backward()
+    del arrays, outputs
+    gc.collect()
+    assert not any(ref() is not None for ref in alive)
+
+
+def test_an_input_changed_before_backward_is_noticed(backend):
+    arrays, outputs = call(backend)
+    with torch.no_grad():
+        arrays["k"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs["h"].sum().backward()
+
+
+def test_activation_checkpointing(backend):
+    arrays, _ = call(backend)
+    case = SMALL.but(return_last_states=False)
+
+    def layer(*xs):
+        return mlstm_chunkwise(*xs, backend=backend, **case.options)
+
+    leaves = list(arrays.values())
+    plain = torch.autograd.grad(layer(*leaves).sum(), leaves)
+    h = torch.utils.checkpoint.checkpoint(layer, *leaves, use_reentrant=False)
+    assert all(torch.equal(x, y) for x, y in zip(torch.autograd.grad(h.sum(), leaves), plain, strict=True))
