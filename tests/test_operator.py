@@ -63,6 +63,14 @@ def test_chunk_size_changes_rounding_only(framework, backend, chunk_size):
     check(run(framework, case, backend), case)
 
 
+# One, and several tiles of keys and values, the last one ragged.
+@pytest.mark.parametrize("K, V", [(1, 1), (70, 133), (130, 67)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_head_dims(framework, backend, K, V, dtype):
+    case = make_case(H=1, T=18, K=K, V=V, dtype=dtype, chunk_size=16)
+    check(run(framework, case, backend), case)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("i_dtype, f_dtype", [("float32", "float32"), ("float64", "bfloat16"), ("float16", "float64")])
 def test_dtypes(framework, backend, dtype, i_dtype, f_dtype):

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from frontend_torch import mlstm_chunkwise
 from tests.support import INPUTS, OUTPUTS, make_case, named, run, same_bits, to_torch
@@ -42,7 +43,9 @@ def test_every_subset_of_outputs(backend, names):
 @pytest.mark.parametrize("names", [*((name,) for name in INPUTS), ("q", "i"), ("v", "f", "m_initial")], ids="-".join)
 def test_gradients_of_some_inputs(backend, names):
     arrays, outputs = call(backend, names)
-    torch.autograd.backward(list(outputs.values()), cotangents(OUTPUTS))
+    depend = [name for name, x in outputs.items() if x.requires_grad]
+    assert "h" in depend
+    torch.autograd.backward([outputs[name] for name in depend], cotangents(depend))
     everything = run("torch", SMALL, backend)
     assert {name for name, x in arrays.items() if x.grad is not None} == set(names)
     got = {f"d{name}": x.grad.numpy() for name, x in arrays.items() if x.grad is not None}
@@ -86,14 +89,6 @@ def test_memory_is_released(backend):
     del arrays, outputs
     gc.collect()
     assert not any(ref() is not None for ref in alive)
-
-
-def test_an_input_changed_before_backward_is_noticed(backend):
-    arrays, outputs = call(backend)
-    with torch.no_grad():
-        arrays["k"].add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        outputs["h"].sum().backward()
 
 
 def test_activation_checkpointing(backend):
