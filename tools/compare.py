@@ -8,7 +8,8 @@ FLOOR, a few units in the last place of float32 for sums in another order. The t
 - that of the "reference" backend: plain float32 operations, results rounded to their dtypes;
 - that of the float64 truth itself, results rounded likewise, once its operands carry a rounding to the dtype of the
   products: what a matrix unit costs, since a kernel rounds one factor of a product once more than the reference does.
-  A random relative error of a rounding's size stands for it; the root mean square of ROUNDINGS draws counts.
+  A random relative error of a rounding's size stands for it (on exponents one of float32's); the root mean square of
+  ROUNDINGS draws counts.
 """
 
 from __future__ import annotations
