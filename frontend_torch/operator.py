@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels_triton import reference
 from kernels_triton.backend import choose_backend
@@ -46,6 +45,20 @@ def head_strides(x: Tensor, layout: str) -> Strides:
     return (b, s2, s1) if layout == "bthd" else (b, s1, s2)
 
 
+class _FirstOnly(torch.autograd.Function):
+    """Gradients as they are, whose own derivatives are refused; `anchors`, n of them, are what they depend on."""
+
+    @staticmethod
+    def forward(ctx: Any, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[n:])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Any:
+        raise RuntimeError(
+            "mlstm_chunkwise: expected a first derivative, got a call to differentiate twice; use backend='reference'"
+        )
+
+
 class _Chunkwise(torch.autograd.Function):
     """The kernels' two passes. Tensors are (B, H, T, ...) or (B, T, H, ...) as the problem's layout says."""
 
@@ -63,7 +76,6 @@ class _Chunkwise(torch.autograd.Function):
         return tuple(results[name] for name in ("h", *plan.LAST))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         from kernels_triton import plan
 
@@ -78,7 +90,11 @@ class _Chunkwise(torch.autograd.Function):
             for name, shape, x in zip(plan.LAST, shapes, dlast, strict=True):
                 env[f"d{name}"] = env["q"].new_zeros(shape, dtype=torch.float32) if x is None else x.contiguous()
         program = plan.backward_pass(problem, head_strides(env["dh"], problem.layout), has_dlast)
-        results = run(program, env, ctx.backend)
+        with torch.no_grad():
+            results = run(program, {name: x.detach() for name, x in env.items()}, ctx.backend)
+        if torch.is_grad_enabled():  # create_graph: a constant cotangent must not make the gradients look constant
+            anchors = [x for x in env.values() if x.requires_grad]
+            results = dict(zip(results, _FirstOnly.apply(len(anchors), *anchors, *results.values()), strict=True))
         return (None, None, *(results.get(f"d{name}") for name in NAMES))
 
 
