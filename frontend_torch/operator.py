@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels_triton import reference
 from kernels_triton.backend import choose_backend
-from kernels_triton.problem import Problem, Strides
+from kernels_triton.problem import MAX_TOKEN_STRIDE, Problem, Strides
 from kernels_triton.validation import ArrayInfo, check_call
 
 from .executor import dtype_name, run
@@ -34,9 +34,11 @@ def platform_of(x: Tensor) -> str:
     return "rocm" if x.device.type == "cuda" and torch.version.hip else x.device.type
 
 
-def readable(x: Tensor) -> Tensor:
-    """x itself if its last axis is contiguous, else a contiguous copy."""
-    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+def readable(x: Tensor, layout: str) -> Tensor:
+    """x itself if its last axis is contiguous and its tokens are not too far apart, else a contiguous copy."""
+    token = 1 if layout == "bthd" else 2
+    near = x.shape[token] == 1 or x.stride(token) <= MAX_TOKEN_STRIDE
+    return x if near and (x.shape[-1] == 1 or x.stride(-1) == 1) else x.contiguous()
 
 
 def head_strides(x: Tensor, layout: str) -> Strides:
@@ -82,7 +84,7 @@ class _Chunkwise(torch.autograd.Function):
         problem: Problem = ctx.problem
         env = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         dh, *dlast = cotangents
-        env["dh"] = torch.zeros_like(env["h"]) if dh is None else readable(dh)
+        env["dh"] = torch.zeros_like(env["h"]) if dh is None else readable(dh, problem.layout)
         has_dlast = any(x is not None for x in dlast)
         if has_dlast:
             head = (problem.B, problem.H)
@@ -121,7 +123,9 @@ def _reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple[Te
 
 def _kernels(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, States]:
     tensors = tuple(
-        x if x is None else (readable(x) if name in ("q", "k", "v") else x if name in ("i", "f") else x.contiguous())
+        x
+        if x is None
+        else (readable(x, problem.layout) if name in ("q", "k", "v") else x if name in ("i", "f") else x.contiguous())
         for name, x in zip(NAMES, tensors, strict=True)
     )
     strides = {

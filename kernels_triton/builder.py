@@ -6,12 +6,14 @@ import math
 from typing import Any
 
 from .config import Config, Tile, configure
-from .kernels import gates_backward, gates_forward, mix_keys, mix_values, normaliser_backward, state_scan
+from .kernels import chunk_backward, chunk_forward, gates_backward, gates_forward, normaliser_backward, state_scan
 from .launch import Launch, Spec
 from .problem import Problem, Strides
 
 # Buffers that the gates' kernel makes and most others read.
-GATES = ("c", "a", "ends")
+GATES = ("c", "a", "alpha", "beta", "gamma")
+# And those that the normaliser's kernel makes, backward.
+NORMALISER = ("d_inverse", "delta", "state_inverse", "state_delta")
 
 
 def cdiv(x: int, y: int) -> int:
@@ -96,7 +98,9 @@ class Builder:
             {
                 "c": ("c", Spec((*head, 2, self.NT * self.L), "float32")),
                 "a": ("a", Spec((*head, 2, self.NT * self.L), "float32")),
-                "ends": ("ends", Spec((*head, 4, self.NT), "float32")),
+                "alpha": ("alpha", Spec(self.rows, "float32")),
+                "beta": ("beta", Spec(self.rows, "float32")),
+                "gamma": ("gamma", Spec((*head, self.NT), "float32")),
                 "floor": ("floor", Spec(self.rows, "float32")),
                 "m": ("m", Spec((*head, p.T), "float32")),
                 "m_chunk": ("m_chunk", Spec((*head, self.NT + 1), "float32")),
@@ -104,7 +108,8 @@ class Builder:
                 "picked": ("picked", Spec(head, "int32")),
             },
             self.heads,
-            Tile(0, 0, 0, 0, num_warps=max(1, min(4, self.L // 32)), num_stages=1),
+            Tile(0, 0, 0, 0, 1, num_warps=4, num_stages=1),
+            G=max(1, min(32, self.config.gates // self.L)),
             HAS_INITIAL=p.has_initial,
             HAS_I=i is not None,
             F_IS_LOG=f_is_log,
@@ -117,17 +122,17 @@ class Builder:
         strided, unit = self._strided(("x", x), ("y", y))
         tiles = cdiv(p.K, tile.BK) * cdiv(p.V, tile.BV)
         head = (p.B, p.H)
-        names = ("states", "norms", "state_out", "norm_out", "inner")
+        names = ("states", "norms", "state_out", "norm_out", "outer")
         shapes = {
             "states": Spec((*head, self.NT, p.K, p.V), self.state_dtype),
             "norms": Spec((*head, self.NT, p.K), "float32"),
             "state_out": Spec((*head, p.K, p.V), "float32"),
             "norm_out": Spec((*head, p.K), "float32"),
-            "inner": Spec((*head, tiles, self.NT + 2) if flags["HAS_INNER"] else (1,), "float32"),
+            "outer": Spec((*head, tiles, 2) if flags["HAS_OUTER"] else (1,), "float32"),
         }
         return self._launch(
             state_scan,
-            {**strided, **{name: name for name in GATES}, **operands, "T": p.T},
+            {**strided, **operands, "T": p.T},
             {name: (outputs[name], shapes[name]) for name in names},
             self.heads * tiles,
             tile,
@@ -135,7 +140,6 @@ class Builder:
             K=p.K,
             V=p.V,
             UNIT=unit,
-            SCALE=p.scale,
             BACKWARD=backward,
             BF16=p.dtype == "bfloat16",
             PRECISION=self.precision,
@@ -145,41 +149,41 @@ class Builder:
     def state_forward(self) -> Launch:
         """Chunk-start states and the last state."""
         initial = self.p.has_initial
-        absent = ("fw_states", "fw_norms", "fw_last", "fw_norm_last", "fw_initial", "fw_norm_initial")
+        absent = ("fw_last", "fw_norm_last", "fw_initial", "fw_norm_initial")
         return self._scan(
             False,
             {
-                "d_inverse": None,
-                "delta": None,
+                "w": "alpha",
+                "u": None,
+                "gamma": "gamma",
                 "state_in": "c_initial" if initial else None,
                 "norm_in": "n_initial" if initial else None,
                 **dict.fromkeys(absent),
             },
-            {"states": "states", "norms": "norms", "state_out": "c_last", "norm_out": "n_last", "inner": "unused_scan"},
+            {"states": "states", "norms": "norms", "state_out": "c_last", "norm_out": "n_last", "outer": "unused_scan"},
             HAS_STATE_IN=initial,
             HAS_NORM_IN=initial,
             HAS_INITIAL=initial,
-            HAS_INNER=False,
+            HAS_OUTER=False,
             HAS_NORMS=True,
         )
 
-    def state_backward(self, has_dc_last: bool, has_dn_last: bool, inner: bool = True, norms: bool = True) -> Launch:
+    def state_backward(self, has_dc_last: bool, has_dn_last: bool, outer: bool = True, norms: bool = True) -> Launch:
         """Cotangents of the states after each chunk, and of the initial state.
 
-        inner: with the products that the gates' gradients need. norms: n is there and has a cotangent.
+        outer: with the products at both ends that the gates' gradients need. norms: n is there and has a cotangent.
         """
-        initial = self.p.has_initial and inner
+        initial = self.p.has_initial and outer
         return self._scan(
             True,
             {
-                "d_inverse": "d_inverse",
-                "delta": "delta",
+                "w": "state_inverse",
+                "u": "state_delta",
+                "gamma": "gamma",
                 "state_in": "dc_last" if has_dc_last else None,
                 "norm_in": "dn_last" if has_dn_last else None,
-                "fw_states": "states" if inner else None,
-                "fw_norms": "norms" if inner and norms else None,
-                "fw_last": "c_last" if inner and has_dc_last else None,
-                "fw_norm_last": "n_last" if inner and norms and has_dc_last else None,
+                "fw_last": "c_last" if outer and has_dc_last else None,
+                "fw_norm_last": "n_last" if outer and norms and has_dc_last else None,
                 "fw_initial": "c_initial" if initial else None,
                 "fw_norm_initial": "n_initial" if initial and norms else None,
             },
@@ -188,47 +192,42 @@ class Builder:
                 "norms": "dnorms",
                 "state_out": "dc_initial",
                 "norm_out": "dn_initial",
-                "inner": "inner" if inner else "unused_scan",
+                "outer": "outer" if outer else "unused_scan",
             },
             HAS_STATE_IN=has_dc_last,
             HAS_NORM_IN=has_dn_last,
             HAS_INITIAL=initial,
-            HAS_INNER=inner,
+            HAS_OUTER=outer,
             HAS_NORMS=norms,
         )
 
-    def values(self, backward: bool, store_d: bool = False) -> Launch:
-        """h, with store_d the normaliser too; backward: dv."""
-        p, tile = self.p, self.config.values
-        x, y, z = ("k", "q", "dh") if backward else ("q", "k", "v")
-        strided, unit = self._strided(("x", x), ("y", y), ("z", z))
+    def outputs(self, store_d: bool = False) -> Launch:
+        """h and the signed normaliser; with store_d the normaliser per token too."""
+        p, tile = self.p, self.config.forward
+        strided, unit = self._strided(("q", "q"), ("k", "k"), ("v", "v"))
         return self._launch(
-            mix_values,
+            chunk_forward,
             {
                 **strided,
-                **{name: name for name in GATES},
-                "floor": None if backward else "floor",
-                "d_inverse": "d_inverse" if backward else None,
-                "states": "dstates" if backward else "states",
-                "norms": None if backward else "norms",
+                **{name: name for name in ("c", "a", "beta", "floor", "states", "norms")},
                 "T": p.T,
             },
             {
-                "out": ("dv" if backward else "h", self._token_spec(p.V, p.dtype)),
-                "r": ("unused_values", Spec((1,), "float32")) if backward else ("r", Spec(self.rows, "float32")),
+                "h": ("h", self._token_spec(p.V, p.dtype)),
+                "r": ("r", Spec(self.rows, "float32")),
                 "d": ("d", Spec((p.B, p.H, p.T), "float32")) if store_d else ("unused_d", Spec((1,), "float32")),
             },
-            self.heads * self.NT * (self.L // tile.BT) * cdiv(p.V, tile.BV),
+            self.heads * self.NT * tile.PARTS,
             tile,
-            "BT BS BK BV",
+            "BT BK BV PARTS",
             K=p.K,
             V=p.V,
             UNIT=unit,
             SCALE=p.scale,
             EPS=p.eps,
-            BACKWARD=backward,
             STORE_D=store_d,
             BTHD=p.layout == "bthd",
+            PAIRS=p.dtype == "float32",
             BF16=p.dtype == "bfloat16",
             PRECISION=self.precision,
         )
@@ -244,57 +243,57 @@ class Builder:
                 **strided,
                 "r": given or "r",
                 "floor": None if given else "floor",
+                "beta": "beta",
                 "T": p.T,
             },
-            {
-                "d_inverse": ("d_inverse", Spec(self.rows, "float32")),
-                "delta": ("delta", Spec(self.rows, "float32")),
-            },
+            {name: (name, Spec(self.rows, "float32")) for name in NORMALISER},
             self.heads * self.NT * (self.L // tile.BT),
             tile,
             "BT BV",
             V=p.V,
             UNIT=unit,
+            SCALE=p.scale,
             EPS=p.eps,
             EXACT=p.normalizer_grad == "exact" and not given,
             D_GIVEN=given is not None,
             BTHD=p.layout == "bthd",
         )
 
-    def keys(self, of_keys: bool, norms: bool = True) -> Launch:
-        """dq with the row sums, or dk with the column sums. norms: n is there and has a cotangent."""
-        p, tile = self.p, self.config.keys
-        x, y, xv, yv = ("k", "q", "v", "dh") if of_keys else ("q", "k", "dh", "v")
-        strided, unit = self._strided(("x", x), ("y", y), ("xv", xv), ("yv", yv))
+    def gradients(self, norms: bool = True) -> Launch:
+        """dq, dk, dv, and the row and column sums for the gates. norms: n is there and has a cotangent."""
+        p, tile = self.p, self.config.backward
+        strided, unit = self._strided(("q", "q"), ("k", "k"), ("v", "v"), ("dh", "dh"))
         tiles = cdiv(p.K, tile.BK)
+        sums = Spec((p.B, p.H, 2 * tiles, self.NT * self.L), "float32")
         return self._launch(
-            mix_keys,
+            chunk_backward,
             {
                 **strided,
-                **{name: name for name in GATES},
-                "d_inverse": "d_inverse",
-                "delta": "delta",
-                "states": "dstates" if of_keys else "states",
-                "norms": ("dnorms" if of_keys else "norms") if norms else None,
+                **{name: name for name in ("c", "a", "alpha", *NORMALISER, "states")},
+                "norms": "norms" if norms else None,
+                "dstates": "dstates",
+                "dnorms": "dnorms" if norms else None,
                 "T": p.T,
             },
             {
-                "out": ("dk" if of_keys else "dq", self._token_spec(p.K, p.dtype)),
-                "sums": (
-                    "col_sums" if of_keys else "row_sums",
-                    Spec((p.B, p.H, 2 * tiles, self.NT * self.L), "float32"),
-                ),
+                "dq": ("dq", self._token_spec(p.K, p.dtype)),
+                "dk": ("dk", self._token_spec(p.K, p.dtype)),
+                "dv": ("dv", self._token_spec(p.V, p.dtype)),
+                "rows": ("row_sums", sums),
+                "cols": ("col_sums", sums),
+                "inner": ("inner", Spec((p.B, p.H, tiles, self.NT), "float32")),
             },
-            self.heads * self.NT * (self.L // tile.BT) * tiles,
+            self.heads * self.NT * tile.PARTS * tiles,
             tile,
-            "BT BS BK BV",
+            "BT BS BK BV PARTS",
             K=p.K,
             V=p.V,
             UNIT=unit,
             SCALE=p.scale,
-            KEYS=of_keys,
             HAS_NORMS=norms,
+            HAS_INNER=not __import__("os").environ.get("NOINNER"),
             BTHD=p.layout == "bthd",
+            PAIRS=p.dtype == "float32",
             BF16=p.dtype == "bfloat16",
             PRECISION=self.precision,
         )
@@ -303,7 +302,7 @@ class Builder:
         """di, df and the initial stabiliser's gradient. has_dlast: the last state has a cotangent."""
         p = self.p
         sb, sh, st = self.strides["f"]
-        scan, keys = self.config.dstate, self.config.keys
+        scan = self.config.dstate
         return self._launch(
             gates_backward,
             {
@@ -311,10 +310,11 @@ class Builder:
                 "f_sb": sb,
                 "f_sh": sh,
                 "f_st": st,
-                "ends": "ends",
+                "gamma": "gamma",
                 "rows": "row_sums",
                 "cols": "col_sums",
                 "inner": "inner",
+                "outer": "outer",
                 "dm_last": "dm_last" if has_dm_last else None,
                 "picked": "picked",
                 "T": p.T,
@@ -325,8 +325,9 @@ class Builder:
                 "dm_initial": ("dm_initial", Spec((p.B, p.H), "float32")),
             },
             self.heads * self.NT,
-            Tile(0, 0, 0, 0, num_warps=max(1, min(4, self.L // 32)), num_stages=1),
-            NKT=cdiv(p.K, keys.BK),
+            Tile(0, 0, 0, 0, 1, num_warps=max(1, min(4, self.L // 32)), num_stages=1),
+            NKT=cdiv(p.K, self.config.backward.BK),
+            NW=cdiv(p.K, self.config.backward.BK),
             NP=cdiv(p.K, scan.BK) * cdiv(p.V, scan.BV),
             HAS_DLAST=has_dlast,
             HAS_DM_LAST=has_dm_last,

@@ -17,12 +17,13 @@ def next_power_of_2(x: int) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """The block sizes of one kernel: BT row tokens, BS column tokens, BK keys, BV values."""
+    """How one kernel cuts its work: BT tokens, against BS tokens at a time, BK keys, BV values; PARTS programs a chunk."""
 
     BT: int
     BS: int
     BK: int
     BV: int
+    PARTS: int
     num_warps: int
     num_stages: int
 
@@ -32,47 +33,54 @@ class Config:
     """The chunk length L and each kernel's tile."""
 
     L: int
+    gates: int  # tokens that the gates' kernel takes at a time
     state: Tile
     dstate: Tile  # the state kernel backward: it holds a tile of C besides its cotangent
-    values: Tile
-    keys: Tile
+    forward: Tile
+    backward: Tile
     normaliser: Tile
 
 
 def configure(problem: Problem) -> Config:
     """The configuration for a problem; valid for every K, V up to 512 and every chunk size.
 
-    Validity: tiles are powers of two of at least 16, BT and BS divide L.
+    Validity: tiles are powers of two of at least 16, BT divides L.
     """
     half = problem.dtype != "float32"
     wide = max(problem.K, problem.V) > 64
     L = problem.chunk_size or (128 if wide and half else 64)
 
-    def tile(BT: int, BS: int, BK: int, BV: int, num_stages: int, num_warps: int = 4) -> Tile:
+    def tile(BT: int, BS: int, BK: int, BV: int, num_warps: int, num_stages: int, roles: int = 0) -> Tile:
+        BT = min(BT, L)
         return Tile(
-            BT=min(BT, L),
+            BT=BT,
             BS=min(BS, L),
             BK=min(BK, max(MIN_CHUNK, next_power_of_2(problem.K))),
             BV=min(BV, max(MIN_CHUNK, next_power_of_2(problem.V))),
+            PARTS=roles * L // BT,
             num_warps=num_warps,
             num_stages=num_stages,
         )
 
+    rows = max(64 if problem.dtype == "bfloat16" else 32, L // 4)  # so that a chunk has at most four row tiles
     if problem.dtype == "bfloat16":
+        deep = problem.K > 128
         return Config(
             L=L,
-            state=tile(128, 16, 64, 128, num_stages=2),
-            dstate=tile(64, 16, 64, 128, num_stages=2),
-            values=tile(64, 64, 64, 128, num_stages=2),
-            keys=tile(64, 64, 128, 32, num_stages=2),
-            normaliser=tile(64, 16, 16, 128, num_stages=2),
+            gates=2048,
+            state=tile(128, 16, 64, 128, 4, 2),
+            dstate=tile(128, 16, 64, 128, 4, 2),
+            forward=tile(rows, rows, 256, 32, 4, 3, roles=1),
+            backward=tile(rows, rows, 256, 32 if deep else 64, 8 if deep else 4, 3 if deep else 2, roles=2),
+            normaliser=tile(16, 16, 16, 128, 4, 2),
         )
     # float32 operands (float16 inputs too, where a weighted factor is involved) take twice the shared memory.
     return Config(
         L=L,
-        state=tile(32, 16, 64, 64, num_stages=2),
-        dstate=tile(32, 16, 64, 64, num_stages=2),
-        values=tile(32, 32, 32, 64, num_stages=2),
-        keys=tile(32, 32, 64, 32, num_stages=2),
-        normaliser=tile(32, 16, 16, 128, num_stages=2),
+        gates=2048,
+        state=tile(32, 16, 64, 64, 4, 2),
+        dstate=tile(32, 16, 64, 64, 4, 2),
+        forward=tile(rows, rows, 64, 32, 4, 2, roles=1),
+        backward=tile(rows, rows, 64, 32, 4, 2, roles=2),
+        normaliser=tile(16, 16, 16, 128, 4, 2),
     )

@@ -21,7 +21,7 @@ def forward_pass(problem: Problem) -> Pass:
     """h, the last states, and what the backward pass reads."""
     b = Builder(problem)
     inputs = ("q", "k", "v", "i", "f", *(INITIAL if problem.has_initial else ()))
-    return Pass((b.gates(), b.state_forward(), b.values(backward=False)), inputs, (*SAVED, "m_last"))
+    return Pass((b.gates(), b.state_forward(), b.outputs()), inputs, (*SAVED, "m_last"))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -32,9 +32,7 @@ def backward_pass(problem: Problem, dh_strides: Strides | None = None, has_dlast
     launches = (
         b.normaliser(),
         b.state_backward(has_dlast, has_dlast),
-        b.keys(of_keys=False),
-        b.keys(of_keys=True),
-        b.values(backward=True),
+        b.gradients(),
         b.gates_gradient(has_dlast, has_dlast),
     )
     initial = problem.has_initial

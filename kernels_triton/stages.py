@@ -152,7 +152,7 @@ def fw(infos: Infos, options: Mapping[str, Any]) -> StageCall:
     _present(infos, "matQ", "matK", "matV", "vecI", "vecF")
     problem = _problem(infos, options, chunked=False)
     b = _builder(problem)
-    launches = (b.gates(), b.state_forward(), b.values(backward=False, store_d=True))
+    launches = (b.gates(), b.state_forward(), b.outputs(store_d=True))
     returns = ("h", "d", "m", "c_last", "n_last", "m_last", "states", "norms", "m_chunk")
     return _call(problem, launches, _ARRAYS | _INITIAL, returns)
 
@@ -165,7 +165,7 @@ def recurrent_bw_dC(infos: Infos, options: Mapping[str, Any]) -> StageCall:
     launches = (
         b.gates(i=None, f_is_log=True, m_token="m_given", m_chunk="m_chunk_given"),
         b.normaliser(given="d_given"),
-        b.state_backward(infos.get("matDeltaC_last") is not None, False, inner=False, norms=False),
+        b.state_backward(infos.get("matDeltaC_last") is not None, False, outer=False, norms=False),
     )
     given = {"m_given": "vecM", "m_chunk_given": "scaM_inter", "d_given": "vecN_out", "dc_last": "matDeltaC_last"}
     first = "dc_initial" if options["store_initial_state"] else None
@@ -181,9 +181,7 @@ def parallel_bw_dQKV(infos: Infos, options: Mapping[str, Any]) -> StageCall:
     launches = (
         b.gates(f_is_log=True, m_token="m_given", m_chunk="m_chunk_given"),
         b.normaliser(given="d_given"),
-        b.keys(of_keys=False, norms=False),
-        b.keys(of_keys=True, norms=False),
-        b.values(backward=True),
+        b.gradients(norms=False),
     )
     given = {"m_given": "vecM_combine", "m_chunk_given": "scaM_inter", "d_given": "vecN_out"}
     given |= {"states": "matC_states", "dstates": "matDeltaC_states"}
@@ -207,13 +205,11 @@ def bw(infos: Infos, options: Mapping[str, Any]) -> StageCall:
     if not states_given or not d_given:
         launches.append(b.state_forward())
     if not d_given:
-        launches.append(b.values(backward=False, store_d=True))
+        launches.append(b.outputs(store_d=True))
     launches += [
         b.normaliser(given="d_given" if d_given else "d"),
         b.state_backward(has_dc_last, False, norms=False),
-        b.keys(of_keys=False, norms=False),
-        b.keys(of_keys=True, norms=False),
-        b.values(backward=True),
+        b.gradients(norms=False),
         b.gates_gradient(has_dlast=has_dc_last, has_dm_last=False),
     ]
     given = {"m_given": "vecM_out", "m_chunk_given": "scaM_states", "d_given": "vecN_out", "states": "matC_states"}

@@ -14,6 +14,7 @@ from .problem import (
     LAYOUTS,
     MAX_CHUNK,
     MAX_HEAD_DIM,
+    MAX_TOKEN_STRIDE,
     MIN_CHUNK,
     NORMALIZER_GRADS,
     PRECISIONS,
@@ -115,6 +116,8 @@ def check_call(
     for name, argument, size in (("K", "q", K), ("V", "v", V)):
         if not 1 <= size <= MAX_HEAD_DIM:
             raise ValueError(f"{argument}: expected 1 <= {name} <= {MAX_HEAD_DIM}, got {name} = {size}")
+    if layout == "bthd" and H * max(K, V) > MAX_TOKEN_STRIDE:
+        raise ValueError(f"q, v: expected H * K and H * V <= {MAX_TOKEN_STRIDE} in layout 'bthd', got H = {H}")
     if T >= 2**31 - MAX_CHUNK:
         raise ValueError(f"q: expected T < 2**31 - {MAX_CHUNK}, got T = {T}")
 

@@ -52,33 +52,73 @@ def operand(x, BF16: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_tile(x, o_row, row_stride, n_rows, o_col, COLS: tl.constexpr, BLOCK: tl.constexpr):
-    """x[o_row, o_col] as [rows, BLOCK]; zeros outside (n_rows, COLS)."""
-    p_x = x + o_row[:, None].to(tl.int64) * row_stride + o_col[None, :]
-    m_x = (o_row < n_rows)[:, None]
+def load_rows(x, o_row, row_stride, length, o_col, COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """x[o_row, o_col] as [rows, BLOCK]; zeros beyond COLS. Rows from `length` on repeat the last one: weigh them by 0.
+
+    Rows are counted from the chunk's start, so that 32 bits hold their offsets.
+    """
+    o_row = tl.minimum(o_row, length - 1) * row_stride
+    p_x = x + (o_row[:, None] + o_col[None, :])
     if COLS % BLOCK != 0:
-        m_x = m_x & (o_col < COLS)[None, :]
-    return tl.load(p_x, mask=m_x, other=0.0)
+        b_x = tl.load(p_x, mask=(o_col < COLS)[None, :], other=0.0)
+    else:
+        b_x = tl.load(p_x)
+    return b_x
 
 
 @triton.jit
-def load_tile_t(x, o_row, row_stride, n_rows, o_col, COLS: tl.constexpr, BLOCK: tl.constexpr):
-    """The transpose of `load_tile`: [BLOCK, rows]."""
-    p_x = x + o_row[None, :].to(tl.int64) * row_stride + o_col[:, None]
-    m_x = (o_row < n_rows)[None, :]
+def load_columns(x, o_row, row_stride, length, o_col, COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """The transpose of `load_rows`: [BLOCK, rows]."""
+    o_row = tl.minimum(o_row, length - 1) * row_stride
+    p_x = x + (o_row[None, :] + o_col[:, None])
     if COLS % BLOCK != 0:
-        m_x = m_x & (o_col < COLS)[:, None]
-    return tl.load(p_x, mask=m_x, other=0.0)
+        b_x = tl.load(p_x, mask=(o_col < COLS)[:, None], other=0.0)
+    else:
+        b_x = tl.load(p_x)
+    return b_x
 
 
 @triton.jit
-def store_tile(x, value, o_row, row_stride, n_rows, o_col, COLS: tl.constexpr, BLOCK: tl.constexpr):
-    """x[o_row, o_col] = value inside (n_rows, COLS), rounded once to x's dtype."""
-    p_x = x + o_row[:, None].to(tl.int64) * row_stride + o_col[None, :]
-    m_x = (o_row < n_rows)[:, None]
+def store_rows(x, value, o_row, row_stride, length, o_col, COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """x[o_row, o_col] = value inside (length, COLS), rounded once to x's dtype."""
+    p_x = x + ((o_row * row_stride)[:, None] + o_col[None, :])
+    m_x = (o_row < length)[:, None]
     if COLS % BLOCK != 0:
         m_x = m_x & (o_col < COLS)[None, :]
     tl.store(p_x, cast(value, x.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def load_state(x, o_k, o_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """A [BK, BV] tile of a contiguous (K, V) state; zeros outside."""
+    p_x = x + (o_k[:, None] * V + o_v[None, :])
+    m_x = (o_k < K)[:, None] & (o_v < V)[None, :]
+    if K % BK == 0 and V % BV == 0:
+        b_x = tl.load(p_x)
+    else:
+        b_x = tl.load(p_x, mask=m_x, other=0.0)
+    return b_x
+
+
+@triton.jit
+def store_state(x, value, o_k, o_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """A [BK, BV] tile of a contiguous (K, V) state, rounded once to x's dtype."""
+    p_x = x + (o_k[:, None] * V + o_v[None, :])
+    value = cast(value, x.dtype.element_ty)
+    m_x = (o_k < K)[:, None] & (o_v < V)[None, :]
+    if K % BK == 0 and V % BV == 0:
+        tl.store(p_x, value)
+    else:
+        tl.store(p_x, value, mask=m_x)
+
+
+@triton.jit
+def zeros_tuple(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """COUNT accumulators."""
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros([ROWS, COLS], tl.float32),)
+    return tiles
 
 
 @triton.jit
@@ -101,28 +141,51 @@ def store_vector(x, value, o, N: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_pair(x, o, plane, value):
+def store_pair(x, o, plane, value, mask):
     """A float64 value as the sum of two float32: hi at x[o], lo at x[o + plane]."""
     hi = value.to(tl.float32)
     lo = (value - hi.to(tl.float64)).to(tl.float32)
     lo = tl.where(value == hi.to(tl.float64), 0.0, lo)  # also for infinities, whose difference is nan
-    tl.store(x + o, hi)
-    tl.store(x + o + plane, lo)
+    tl.store(x + o, hi, mask=mask)
+    tl.store(x + o + plane, lo, mask=mask)
 
 
 @triton.jit
-def exp2_difference(x_hi, x_lo, y_hi, y_lo):
-    """2 ** (x - y) of two pairs; differences of long prefix sums keep all their digits this way."""
-    return tl.exp2((x_hi - y_hi) + (x_lo - y_lo))
+def exp2_difference(x_hi, x_lo, y_hi, y_lo, PAIRS: tl.constexpr):
+    """2 ** (x - y) of two pairs; differences of long prefix sums keep all their digits this way.
+
+    Without PAIRS of the leading parts alone: enough for inputs of half precision, and half the registers.
+    """
+    if PAIRS:
+        y = tl.exp2((x_hi - y_hi) + (x_lo - y_lo))
+    else:
+        y = tl.exp2(x_hi - y_hi)
+    return y
 
 
 @triton.jit
-def contiguous_head(head, T, H: tl.constexpr, D: tl.constexpr, BTHD: tl.constexpr):
-    """Offset of head's first row and its row stride in a contiguous (B, H, T, D) or (B, T, H, D) tensor."""
+def load_pair(x, o, plane):
+    """The two parts of pairs that `store_pair` wrote."""
+    return tl.load(x + o), tl.load(x + o + plane)
+
+
+@triton.jit
+def contiguous_rows(head, t, T, H: tl.constexpr, D: tl.constexpr, BTHD: tl.constexpr):
+    """Offset of head's row t and the row stride in a contiguous (B, H, T, D) or (B, T, H, D) tensor."""
     if BTHD:
-        offset = ((head // H) * T * H + head % H) * D
+        offset = (((head // H) * T + t) * H + head % H) * D
         stride = H * D
     else:
-        offset = head * T * D
+        offset = (head * T + t) * D
         stride = D
     return offset, stride
+
+
+@triton.jit
+def strided_rows(head, t, sb, sh, st, H: tl.constexpr, UNIT: tl.constexpr):
+    """Offset of head's row t and the row stride, from strides in units of UNIT elements.
+
+    The stride of a chunk's rows fits 32 bits (checked on the host), their offsets from one another too.
+    """
+    offset = ((head // H) * sb + (head % H) * sh + t.to(tl.int64) * st) * UNIT
+    return offset, st * UNIT

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import contiguous_head, load_tile
+from .common import contiguous_rows, load_rows, strided_rows
 
 
 @triton.jit(
@@ -14,15 +14,19 @@ def normaliser_backward(
     dh, dh_sb, dh_sh, dh_st,  # (B, H, T, V) in units of UNIT elements
     r,  # (B, H, NT * L) signed normaliser n.q; or the whole positive normaliser d if D_GIVEN
     floor,  # (B, H, NT * L) exp(-m)
+    beta,  # (B, H, NT * L)
     T,
     d_inverse,  # (B, H, NT * L) 1 / d, d = max(|r|, floor) + eps; 0 from T on
     delta,  # (B, H, NT * L) cotangent of r: -(dh . h) sign(r) / d where |r| > floor, else 0
+    state_inverse,  # (B, H, NT * L) scale beta / d
+    state_delta,  # (B, H, NT * L) scale beta delta
     H: tl.constexpr,
     V: tl.constexpr,
     L: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
     UNIT: tl.constexpr,
+    SCALE: tl.constexpr,
     EPS: tl.constexpr,
     EXACT: tl.constexpr,
     D_GIVEN: tl.constexpr,
@@ -32,7 +36,8 @@ def normaliser_backward(
     pid = tl.program_id(0).to(tl.int64)
     padded = tl.cdiv(T, L).to(tl.int64) * L
     head = pid // (padded // BT)
-    t = ((pid % (padded // BT)) * BT).to(tl.int32) + tl.arange(0, BT)
+    first = ((pid % (padded // BT)) * BT).to(tl.int32)
+    t = first + tl.arange(0, BT)
     m_t = t < T
     if D_GIVEN:
         b_r = tl.load(r + head * T + t, mask=m_t, other=1.0)
@@ -44,15 +49,22 @@ def normaliser_backward(
         b_d = tl.maximum(tl.abs(b_r), b_floor) + EPS
     b_delta = tl.zeros([BT], tl.float32)
     if EXACT:
-        p_dh = dh + ((head // H) * dh_sb + (head % H) * dh_sh) * UNIT
-        offset, stride = contiguous_head(head, T, H, V, BTHD)
+        length = tl.maximum(T - first, 1)
+        first = tl.minimum(first, T - 1)
+        o_dh, dh_row = strided_rows(head, first, dh_sb, dh_sh, dh_st, H, UNIT)
+        o_h, h_row = contiguous_rows(head, first, T, H, V, BTHD)
         for v0 in range(0, V, BV):
             o_v = v0 + tl.arange(0, BV)
-            b_h = load_tile(h + offset, t, stride, T, o_v, V, BV).to(tl.float32)
-            b_dh = load_tile(p_dh, t, dh_st * UNIT, T, o_v, V, BV).to(tl.float32)
+            b_h = load_rows(h + o_h, tl.arange(0, BT), h_row, length, o_v, V, BV).to(tl.float32)
+            b_dh = load_rows(dh + o_dh, tl.arange(0, BT), dh_row, length, o_v, V, BV).to(tl.float32)
             b_delta += tl.sum(b_h * b_dh, 1)
         b_delta = b_delta / b_d
         b_delta = tl.where(b_r > 0, -b_delta, b_delta)
         b_delta = tl.where(tl.abs(b_r) > b_floor, b_delta, 0.0)
-    tl.store(d_inverse + head * padded + t, tl.where(m_t, 1.0 / b_d, 0.0))
-    tl.store(delta + head * padded + t, tl.where(m_t, b_delta, 0.0))
+    b_inverse = tl.where(m_t, 1.0 / b_d, 0.0)
+    b_delta = tl.where(m_t, b_delta, 0.0)
+    b_beta = tl.load(beta + head * padded + t) * SCALE
+    tl.store(d_inverse + head * padded + t, b_inverse)
+    tl.store(delta + head * padded + t, b_delta)
+    tl.store(state_inverse + head * padded + t, b_beta * b_inverse)
+    tl.store(state_delta + head * padded + t, b_beta * b_delta)

@@ -1,0 +1,151 @@
+"""The outputs of one chunk: h and the signed normaliser."""
+
+import triton
+import triton.language as tl
+
+from .common import (
+    contiguous_rows,
+    dot,
+    exp2_difference,
+    load_columns,
+    load_pair,
+    load_rows,
+    load_state,
+    load_vector,
+    operand,
+    store_rows,
+    strided_rows,
+    zeros_tuple,
+)
+
+
+@triton.jit
+def _rows(
+    p_q, q_row, p_k, k_row, p_v, v_row, p_c, p_a, p_beta, p_floor, p_state, p_norm, p_h, h_row, p_r, p_d,
+    length, padded,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    COUNT: tl.constexpr,
+    SCALE: tl.constexpr,
+    EPS: tl.constexpr,
+    STORE_D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The rows of the chunk's tile COUNT - 1, against its COUNT tiles up to there. Scores once, then blocks of values."""
+    t_q = (COUNT - 1) * BT + tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+
+    scores = zeros_tuple(COUNT, BT, BT)
+    b_r = tl.zeros([BT], tl.float32)
+    for k0 in tl.static_range(0, K, BK):
+        b_q = load_rows(p_q, t_q, q_row, length, k0 + o_k, K, BK)
+        keys = ()  # all loads before the first use: their latencies overlap
+        for y in tl.static_range(COUNT):
+            keys = keys + (load_columns(p_k, y * BT + tl.arange(0, BT), k_row, length, k0 + o_k, K, BK),)
+        b_norm = load_vector(p_norm, k0 + o_k, K, BK)
+        updated = ()
+        for y in tl.static_range(COUNT):
+            updated = updated + (dot(b_q, keys[y], scores[y], PRECISION),)
+        scores = updated
+        b_r += tl.sum(b_q.to(tl.float32) * b_norm[None, :], 1)
+
+    a_hi, a_lo = load_pair(p_a, t_q, padded)
+    b_beta = tl.load(p_beta + t_q) * SCALE
+    b_r = b_r * b_beta
+    weighted = ()
+    for y in tl.static_range(COUNT):
+        t_k = y * BT + tl.arange(0, BT)
+        c_hi, c_lo = load_pair(p_c, t_k, padded)
+        b_s = exp2_difference(c_hi[None, :], c_lo[None, :], a_hi[:, None], a_lo[:, None], PAIRS) * SCALE * scores[y]
+        if y == COUNT - 1:
+            b_s = tl.where(t_k[None, :] <= t_q[:, None], b_s, 0.0)
+        b_r += tl.sum(b_s, 1)
+        weighted = weighted + (operand(b_s, BF16, PRECISION),)
+    b_normaliser = tl.maximum(tl.abs(b_r), tl.load(p_floor + t_q)) + EPS
+    tl.store(p_r + t_q, b_r)
+    if STORE_D:
+        tl.store(p_d + t_q, b_normaliser, mask=t_q < length)
+    b_inverse = 1.0 / b_normaliser
+
+    for v0 in range(0, V, BV):
+        b_h = tl.zeros([BT, BV], tl.float32)
+        for k0 in tl.static_range(0, K, BK):
+            if BK < K:
+                b_q = load_rows(p_q, t_q, q_row, length, k0 + o_k, K, BK)
+            b_state = load_state(p_state, k0 + o_k, v0 + o_v, K, V, BK, BV)
+            b_h = dot(operand(b_q, BF16, PRECISION), operand(b_state, BF16, PRECISION), b_h, PRECISION)
+        b_h *= b_beta[:, None]
+        for y in tl.static_range(COUNT):
+            b_v = load_rows(p_v, y * BT + tl.arange(0, BT), v_row, length, v0 + o_v, V, BV)
+            b_h = dot(weighted[y], operand(b_v, BF16, PRECISION), b_h, PRECISION)
+        store_rows(p_h, b_h * b_inverse[:, None], t_q, h_row, length, v0 + o_v, V, BV)
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=["q_sb", "q_sh", "q_st", "k_sb", "k_sh", "k_st", "v_sb", "v_sh", "v_st", "T"],
+)
+def chunk_forward(
+    q, q_sb, q_sh, q_st,  # (B, H, T, K) in units of UNIT elements
+    k, k_sb, k_sh, k_st,  # (B, H, T, K) likewise
+    v, v_sb, v_sh, v_st,  # (B, H, T, V) likewise
+    c,  # (B, H, 2, NT * L)
+    a,  # (B, H, 2, NT * L)
+    beta,  # (B, H, NT * L)
+    floor,  # (B, H, NT * L)
+    states,  # (B, H, NT, K, V)
+    norms,  # (B, H, NT, K)
+    T,
+    h,  # (B, H, T, V) or (B, T, H, V)
+    r,  # (B, H, NT * L) signed normaliser
+    d,  # (B, H, T) normaliser if STORE_D, else unused, one element
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    L: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
+    SCALE: tl.constexpr,
+    EPS: tl.constexpr,
+    STORE_D: tl.constexpr,
+    BTHD: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """PARTS programs per head and chunk share out its tiles of BT tokens: h_i = (sum_j<=i S_ij v_j + scale beta_i C^T q_i) / d_i."""
+    NRT: tl.constexpr = L // BT
+    pid = tl.program_id(0).to(tl.int64)
+    n_chunks = tl.cdiv(T, L)
+    padded = n_chunks.to(tl.int64) * L
+    part = (pid % PARTS).to(tl.int32)
+    n = ((pid // PARTS) % n_chunks).to(tl.int32)
+    head = pid // (n_chunks.to(tl.int64) * PARTS)
+
+    # All tokens are counted from the chunk's start from here on.
+    t = n * L
+    o_q, q_row = strided_rows(head, t, q_sb, q_sh, q_st, H, UNIT)
+    o_k, k_row = strided_rows(head, t, k_sb, k_sh, k_st, H, UNIT)
+    o_v, v_row = strided_rows(head, t, v_sb, v_sh, v_st, H, UNIT)
+    o_h, h_row = contiguous_rows(head, t, T, H, V, BTHD)
+    o_pair = head * 2 * padded + t
+    o_row = head * padded + t
+    p_state = states + (head * n_chunks + n) * K * V
+    p_norm = norms + (head * n_chunks + n) * K
+    if not STORE_D and pid == 0:
+        tl.store(d, 0.0)
+    for tile in tl.static_range(NRT):
+        if PARTS == 1 or part == tile * PARTS // NRT:
+            _rows(
+                q + o_q, q_row, k + o_k, k_row, v + o_v, v_row, c + o_pair, a + o_pair, beta + o_row, floor + o_row,
+                p_state, p_norm, h + o_h, h_row, r + o_row, d + head * T + t, T - t, padded,
+                K, V, BT, BK, BV, tile + 1, SCALE, EPS, STORE_D, PAIRS, BF16, PRECISION,
+            )  # fmt: skip
