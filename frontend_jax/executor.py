@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_triton import interpreter
-from kernels_triton.launch import Pass, Spec
+from kernels_triton.launch import Descriptor, Pass, Spec
 
 Arrays = dict[str, jax.Array]
 
@@ -46,8 +46,13 @@ def launch_all(program: Pass, arrays: Mapping[str, jax.Array], compute_capabilit
         options = {**options, "compute_capability": compute_capability}
     env = {name: arrays[name] for name in program.inputs}
     for launch in program.launches:
+        operands: list[Any] = []
+        for x in launch.operands.values():
+            if isinstance(x, Descriptor):
+                raise TypeError(f"{launch.name}: expected buffers and scalars, got a descriptor; jax-triton has none")
+            operands.append(env[x] if isinstance(x, str) else x)
         outputs = call(
-            *(env[x] if isinstance(x, str) else x for x in launch.operands.values()),
+            *operands,
             kernel=launch.kernel,
             grid=(launch.grid,),
             num_warps=launch.num_warps,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels_triton import interpreter
-from kernels_triton.launch import Pass, Spec
+from kernels_triton.launch import Descriptor, Operand, Pass, Spec
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -20,13 +21,21 @@ def _empty(spec: Spec, device: torch.device) -> Tensor:
     return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
 
 
+def _operand(x: Operand, env: Mapping[str, Tensor]) -> Any:
+    if isinstance(x, Descriptor):
+        from triton.tools.tensor_descriptor import TensorDescriptor  # only where there is a GPU
+
+        return TensorDescriptor(env[x.buffer], list(x.shape), list(x.strides), list(x.block))
+    return env[x] if isinstance(x, str) else x
+
+
 def launch_all(program: Pass, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run every launch on the tensors' device; returns the pass's results by name. Never synchronises."""
     env = {name: tensors[name] for name in program.inputs}
     device = env["q"].device
     with torch.cuda.device_of(env["q"]):
         for launch, needed in zip(program.launches, program.needed, strict=True):
-            operands = [env[x] if isinstance(x, str) else x for x in launch.operands.values()]
+            operands = [_operand(x, env) for x in launch.operands.values()]
             for buffer, spec in launch.outputs.values():
                 env[buffer] = _empty(spec, device)
             outputs = [env[buffer] for buffer, _ in launch.outputs.values()]

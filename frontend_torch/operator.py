@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from kernels_triton import reference
 from kernels_triton.backend import choose_backend
-from kernels_triton.problem import MAX_TOKEN_STRIDE, Problem, Strides
+from kernels_triton.problem import MAX_TOKEN_STRIDE, MIN_DESCRIPTORS, Problem, Strides, suits_descriptors
 from kernels_triton.validation import ArrayInfo, check_call
 
 from .executor import dtype_name, run
@@ -85,6 +86,8 @@ class _Chunkwise(torch.autograd.Function):
         env = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         dh, *dlast = cotangents
         env["dh"] = torch.zeros_like(env["h"]) if dh is None else readable(dh, problem.layout)
+        if problem.descriptors and not _suits(env["dh"]):
+            env["dh"] = env["dh"].clone(memory_format=torch.contiguous_format)
         has_dlast = any(x is not None for x in dlast)
         if has_dlast:
             head = (problem.B, problem.H)
@@ -98,6 +101,20 @@ class _Chunkwise(torch.autograd.Function):
             anchors = [x for x in env.values() if x.requires_grad]
             results = dict(zip(results, _FirstOnly.apply(len(anchors), *anchors, *results.values()), strict=True))
         return (None, None, *(results.get(f"d{name}") for name in NAMES))
+
+
+def _descriptors(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether this call reads its tensors through descriptors: on Hopper, where they were measured."""
+    q, k, v = (x for x in tensors[:3] if x is not None)
+    if backend != "triton" or problem.dtype != "bfloat16" or q.numel() + v.numel() < MIN_DESCRIPTORS:
+        return False
+    if os.environ.get("MLSTM_DESCRIPTORS") == "0" or platform_of(q) != "cuda":
+        return False
+    return torch.cuda.get_device_capability(q.device)[0] == 9 and all(_suits(x) for x in (q, k, v))
+
+
+def _suits(x: Tensor) -> bool:
+    return suits_descriptors(tuple(x.shape), x.stride(), x.element_size(), x.data_ptr())
 
 
 def _reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, States]:
@@ -137,7 +154,12 @@ def _kernels(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...])
     if transposed:
         tensors = tuple(x.transpose(1, 2) if x is not None and n < 5 else x for n, x in enumerate(tensors))
     layout = "bthd" if transposed else problem.layout
-    problem = dataclasses.replace(problem, strides=tuple(strides.items()), layout=layout)
+    problem = dataclasses.replace(
+        problem,
+        strides=tuple(strides.items()),
+        layout=layout,
+        descriptors=_descriptors(problem, backend, tensors),
+    )
     h, c, n, m = _Chunkwise.apply(problem, backend, *tensors)
     return (h.transpose(1, 2) if transposed else h), (c, n, m)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from .config import Config, Tile, configure
 from .kernels import chunk_backward, chunk_forward, gates_backward, gates_forward, normaliser_backward, state_scan
-from .launch import Launch, Spec
+from .launch import Descriptor, Launch, Operand, Spec
 from .problem import Problem, Strides
 
 # Buffers that the gates' kernel makes and most others read.
@@ -34,23 +35,38 @@ class Builder:
         self.strides: dict[str, Strides] = dict(problem.strides)
         self.state_dtype = "bfloat16" if problem.dtype == "bfloat16" else "float32"
         # float16 has tf32's mantissa, so its weighted products lose nothing in tf32.
+        self.descriptors = problem.descriptors
         self.precision = "tf32" if problem.dtype == "float16" else problem.precision
 
-    def _strided(self, *tensors: tuple[str, str]) -> tuple[dict[str, str | int], int]:
+    def _tokens(self, tile: Tile, *tensors: tuple[str, str]) -> tuple[dict[str, Operand], int]:
         """Parameters `x, x_sb, x_sh, x_st` of (parameter, buffer) pairs; strides in units that keep loads aligned."""
+        p = self.p
         used = [s for _, buffer in tensors for s in self.strides[buffer]]
         unit = math.gcd(16, *used) or 16
-        parameters: dict[str, str | int] = {}
+        parameters: dict[str, Operand] = {}
         for name, buffer in tensors:
+            D, block = (p.K, tile.BK) if buffer in ("q", "k") else (p.V, tile.BV)
+            strides = self.strides[buffer]
             parameters[name] = buffer
-            for axis, stride in zip("bht", self.strides[buffer], strict=True):
+            if self.descriptors:
+                # A stride of an axis of size 1 may be anything but must be aligned.
+                steps = tuple(s or D for s in strides)
+                parameters[name] = Descriptor(buffer, (p.B, p.H, p.T, D), (*steps, 1), (1, 1, tile.BT, block))
+            for axis, stride in zip("bht", strides, strict=True):
                 parameters[f"{name}_s{axis}"] = stride // unit
         return parameters, unit
+
+    def _states(self, tile: Tile, buffer: str) -> Operand:
+        p = self.p
+        if not self.descriptors:
+            return buffer
+        shape = (self.heads * self.NT, p.K, p.V)
+        return Descriptor(buffer, shape, (p.K * p.V, p.V, 1), (1, tile.BK, tile.BV))
 
     def _launch(
         self,
         kernel: Any,
-        operands: dict[str, str | int | None],
+        operands: Mapping[str, Operand | None],
         outputs: dict[str, tuple[str, Spec]],
         programs: int,
         tile: Tile,
@@ -119,7 +135,7 @@ class Builder:
     def _scan(self, backward: bool, operands: dict[str, Any], outputs: dict[str, Any], **flags: Any) -> Launch:
         p, tile = self.p, self.config.dstate if backward else self.config.state
         x, y = ("q", "dh") if backward else ("k", "v")
-        strided, unit = self._strided(("x", x), ("y", y))
+        strided, unit = self._tokens(tile, ("x", x), ("y", y))
         tiles = cdiv(p.K, tile.BK) * cdiv(p.V, tile.BV)
         head = (p.B, p.H)
         names = ("states", "norms", "state_out", "norm_out", "outer")
@@ -141,6 +157,7 @@ class Builder:
             V=p.V,
             UNIT=unit,
             BACKWARD=backward,
+            DESCRIPTORS=self.descriptors,
             BF16=p.dtype == "bfloat16",
             PRECISION=self.precision,
             **flags,
@@ -204,12 +221,14 @@ class Builder:
     def outputs(self, store_d: bool = False) -> Launch:
         """h and the signed normaliser; with store_d the normaliser per token too."""
         p, tile = self.p, self.config.forward
-        strided, unit = self._strided(("q", "q"), ("k", "k"), ("v", "v"))
+        strided, unit = self._tokens(tile, ("q", "q"), ("k", "k"), ("v", "v"))
         return self._launch(
             chunk_forward,
             {
                 **strided,
-                **{name: name for name in ("c", "a", "beta", "floor", "states", "norms")},
+                **{name: name for name in ("c", "a", "beta", "floor")},
+                "states": self._states(tile, "states"),
+                "norms": "norms",
                 "T": p.T,
             },
             {
@@ -228,6 +247,7 @@ class Builder:
             STORE_D=store_d,
             BTHD=p.layout == "bthd",
             PAIRS=p.dtype == "float32",
+            DESCRIPTORS=self.descriptors,
             BF16=p.dtype == "bfloat16",
             PRECISION=self.precision,
         )
@@ -235,12 +255,16 @@ class Builder:
     def normaliser(self, given: str | None = None) -> Launch:
         """1 / d and the cotangent of r per token. given: a buffer with d itself; then nothing flows through it."""
         p, tile = self.p, self.config.normaliser
-        strided, unit = self._strided(("dh", "dh"))
+        sb, sh, st = self.strides["dh"]
+        unit = math.gcd(16, sb, sh, st) or 16
         return self._launch(
             normaliser_backward,
             {
                 "h": None if given else "h",
-                **strided,
+                "dh": "dh",
+                "dh_sb": sb // unit,
+                "dh_sh": sh // unit,
+                "dh_st": st // unit,
                 "r": given or "r",
                 "floor": None if given else "floor",
                 "beta": "beta",
@@ -259,19 +283,22 @@ class Builder:
             BTHD=p.layout == "bthd",
         )
 
-    def gradients(self, norms: bool = True) -> Launch:
+    def gradients(self, norms: bool = True, inner: bool = True) -> Launch:
         """dq, dk, dv, and the row and column sums for the gates. norms: n is there and has a cotangent."""
         p, tile = self.p, self.config.backward
-        strided, unit = self._strided(("q", "q"), ("k", "k"), ("v", "v"), ("dh", "dh"))
+        strided, unit = self._tokens(tile, ("q", "q"), ("k", "k"), ("v", "v"), ("dh", "dh"))
         tiles = cdiv(p.K, tile.BK)
         sums = Spec((p.B, p.H, 2 * tiles, self.NT * self.L), "float32")
         return self._launch(
             chunk_backward,
             {
                 **strided,
-                **{name: name for name in ("c", "a", "alpha", *NORMALISER, "states")},
+                "q_plain": "q",
+                "k_plain": "k",
+                **{name: name for name in ("c", "a", "alpha", *NORMALISER)},
+                "states": self._states(tile, "states"),
                 "norms": "norms" if norms else None,
-                "dstates": "dstates",
+                "dstates": self._states(tile, "dstates"),
                 "dnorms": "dnorms" if norms else None,
                 "T": p.T,
             },
@@ -291,9 +318,10 @@ class Builder:
             UNIT=unit,
             SCALE=p.scale,
             HAS_NORMS=norms,
-            HAS_INNER=not __import__("os").environ.get("NOINNER"),
+            HAS_INNER=inner,
             BTHD=p.layout == "bthd",
             PAIRS=p.dtype == "float32",
+            DESCRIPTORS=self.descriptors,
             BF16=p.dtype == "bfloat16",
             PRECISION=self.precision,
         )

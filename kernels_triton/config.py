@@ -17,7 +17,7 @@ def next_power_of_2(x: int) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """How one kernel cuts its work: BT tokens, against BS tokens at a time, BK keys, BV values; PARTS programs a chunk."""
+    """How one kernel cuts its work: BT tokens against BS tokens at a time, BK keys, BV values; PARTS programs a chunk."""
 
     BT: int
     BS: int

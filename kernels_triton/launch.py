@@ -17,6 +17,19 @@ class Spec:
     dtype: str
 
 
+@dataclass(frozen=True)
+class Descriptor:
+    """A buffer read through a tensor descriptor (Hopper's TMA): its shape and strides in elements, and the block."""
+
+    buffer: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+
+Operand = str | int | Descriptor
+
+
 @functools.cache
 def _parameters(kernel: Any) -> tuple[tuple[str, ...], frozenset[str]]:
     """The run-time parameters of a kernel, in order, and its constexprs."""
@@ -31,12 +44,13 @@ def _parameters(kernel: Any) -> tuple[tuple[str, ...], frozenset[str]]:
 class Launch:
     """One kernel launch.
 
-    operands: run-time inputs in the kernel's order; a str names a buffer, an int is a scalar.
+    operands: run-time inputs in the kernel's order; a str names a buffer, an int is a scalar, a Descriptor is a buffer
+    by another way.
     outputs: the remaining run-time parameters, in order, each with the name of the buffer it creates.
     """
 
     kernel: Any
-    operands: Mapping[str, str | int]
+    operands: Mapping[str, Operand]
     outputs: Mapping[str, tuple[str, Spec]]
     grid: int
     constexprs: Mapping[str, Any]
@@ -58,7 +72,8 @@ class Launch:
     @property
     def buffers(self) -> tuple[str, ...]:
         """The names of the buffers read, in the kernel's order."""
-        return tuple(x for x in self.operands.values() if isinstance(x, str))
+        named = (x.buffer if isinstance(x, Descriptor) else x for x in self.operands.values())
+        return tuple(x for x in named if isinstance(x, str))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Strides = tuple[int, int, int]
@@ -10,6 +11,8 @@ MAX_HEAD_DIM = 512
 MIN_CHUNK, MAX_CHUNK = 16, 512
 # Offsets inside a chunk are computed in 32 bits: the most elements from one token to the next.
 MAX_TOKEN_STRIDE = 2**31 // MAX_CHUNK - 1
+# Elements of q and v together from which descriptors pay for being made.
+MIN_DESCRIPTORS = 2**21
 INPUT_DTYPES = ("float32", "bfloat16", "float16")
 GATE_DTYPES = (*INPUT_DTYPES, "float64")
 LAYOUTS = ("bhtd", "bthd")
@@ -38,9 +41,17 @@ class Problem:
     normalizer_grad: str
     precision: str
     has_initial: bool
+    descriptors: bool = False  # read q, k, v and states through tensor descriptors: the same bits, sooner
 
     def stride(self, name: str) -> Strides:
         return dict(self.strides)[name]
+
+
+def suits_descriptors(shape: tuple[int, ...], strides: Sequence[int], itemsize: int, address: int) -> bool:
+    """Whether a tensor's memory can be read through a tensor descriptor: aligned to 16 bytes, no axis broadcast."""
+    steps = [stride for size, stride in zip(shape, strides, strict=True) if size > 1]
+    aligned = all(stride * itemsize % 16 == 0 for stride in strides[:-1])
+    return address % 16 == 0 and aligned and shape[-1] * itemsize % 16 == 0 and all(0 < s < 2**35 for s in steps)
 
 
 def contiguous_strides(H: int, T: int, D: int, layout: str) -> Strides:

@@ -18,10 +18,12 @@ written).
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib.util
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,12 +67,17 @@ def measure(jobs: list[Job], settings: Settings, report: Report) -> None:
     """Run all jobs, adding to the report as they end."""
     import dataclasses
 
+    import torch
+
     from . import bench_measure
 
+    if settings.device == "cpu":
+        torch.set_num_threads(1)  # a trial: busy neighbours would stall threads that wait for each other
     dtypes = list(dict.fromkeys(job.dtype for job in jobs))
     rates = bench_measure.ceilings(dtypes, settings.device)
     report.ceilings.update(dataclasses.asdict(rates))
     counted = []
+    gc.freeze()  # what the imports made need not be searched after every job
     with tqdm(total=len(jobs), desc="bench", unit="job", disable=None) as bar:
         for job in jobs:
             bar.set_postfix_str(f"{job.shape.name} {job.dtype.name} {job.pass_}")
@@ -171,17 +178,19 @@ def main(
     except KeyboardInterrupt:
         console.print("interrupted")
         code = 130
-    report.seconds = time.perf_counter() - start
-    bench_report.write(json_path, report)
+    finally:  # minutes of results outlive whatever ended the run
+        report.seconds = time.perf_counter() - start
+        bench_report.write(json_path, report)
     bench_report.show(console, report)
     if not code:
         draw(report, json_path.parent, console)
         code = judge(report, compare, allowed / 100, console)
-    warm_up = sum(row.warm_up_s for row in report.rows)
-    console.print(
-        f"{len(report.rows)} rows in {report.seconds:.0f} s, of them {warm_up:.0f} s compiling; wrote {json_path}",
-        highlight=False,
-    )
+    warm_ups: Counter[str] = Counter()
+    for row in report.rows:
+        warm_ups[row.implementation] += round(row.warm_up_s)
+    most = ", ".join(f"{name} {seconds} s" for name, seconds in warm_ups.most_common(4) if seconds)
+    console.print(f"compiling took {warm_ups.total()} s, most of it: {most or 'none'}", highlight=False)
+    console.print(f"{len(report.rows)} rows in {report.seconds:.0f} s; wrote {json_path}", highlight=False)
     raise typer.Exit(code)
 
 

@@ -179,6 +179,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         "reference, torch.compile",
         "reference_torch",
         {"compile": True},
+        passes=("fw", "fw+bw"),  # a compiled graph runs backward once
         tables=("shapes",),
         devices=("cuda",),
         small=True,

@@ -12,8 +12,9 @@ mpl.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from .bench_report import BASELINE, Report, Row, best_peers, slopes
 
@@ -65,7 +66,7 @@ def _lengths(axes: Axes, rows: list[Row]) -> None:
     axes.set_xticks(sorted({row.sizes[2] for row in rows}))
     axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _plain_logarithms(axes.yaxis)
     axes.set_xlabel("T, tokens per sequence")
     axes.set_ylabel("time (ms)")
 
@@ -77,7 +78,7 @@ def _lines(report: Report, table: str, label: Callable[[str, str], str]) -> Figu
         return None
     looks = _looks(row.implementation for row in rows)
     passes = [pass_ for pass_ in PASSES if any(row.pass_ == pass_ for row in rows)]
-    figure, panels = plt.subplots(1, len(passes), figsize=(6.6 * len(passes), 5.4), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(1, len(passes), figsize=(7 * len(passes), 5.8), layout="constrained", squeeze=False)
     for axes, pass_ in zip(panels[0], passes, strict=True):
         of_pass = [row for row in rows if row.pass_ == pass_]
         for name, look in looks.items():
@@ -88,7 +89,7 @@ def _lines(report: Report, table: str, label: Callable[[str, str], str]) -> Figu
         axes.plot(*zip(*floors, strict=True), color="0.3", linestyle=":", label="floor of the hardware")
         _lengths(axes, of_pass)
         axes.set_title(TITLES[pass_], fontsize=11)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     return figure
 
 
@@ -124,6 +125,23 @@ def _machine(report: Report) -> str:
     return report.facts.get("device", "unknown device")
 
 
+def _labels(axes: Axes, names: list[str], points: list[tuple[float, float]], left: bool) -> None:
+    """Names beside points; those of points that nearly coincide in one label."""
+    places: dict[tuple[int, int], list[int]] = {}
+    for n, (x, y) in enumerate(points):
+        places.setdefault((round(16 * np.log2(x)), round(3 * np.log2(y))), []).append(n)
+    for indices in places.values():
+        text = ", ".join(names[n] for n in indices)
+        offset, side = ((-7, -3), "right") if left else ((7, -3), "left")
+        axes.annotate(text, points[indices[0]], offset, textcoords="offset points", fontsize=8, ha=side)
+
+
+def _plain_logarithms(axis: Axis) -> None:
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def roofline(report: Report) -> Figure | None:
     """Operations per second over operations per byte, under the measured ceilings; floors' counts of both."""
     rows = _measured(report, "shapes")
@@ -138,7 +156,7 @@ def roofline(report: Report) -> Figure | None:
     looks = _looks(names.values())
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     intensities = [row.flops / row.bytes for row in rows]
-    x = np.geomspace(min(intensities) / 3, max(max(intensities), matmul / copy) * 3, 200)
+    x = np.geomspace(min(*intensities, matmul / copy) / 3, max(max(intensities), matmul / copy) * 3, 200)
     axes.plot(x, np.minimum(copy * x, matmul), color="0.2", linewidth=2)
     axes.text(x[4], copy * x[4] * 1.15, f"copy {copy:.3g} TB/s", rotation=35, rotation_mode="anchor", color="0.3")
     axes.text(x[-1], matmul * 1.08, f"{rows[0].dtype} matmul {matmul:.3g} TFLOP/s", ha="right", color="0.3")
@@ -152,10 +170,11 @@ def roofline(report: Report) -> Figure | None:
             label = f"{name}, {TITLES[pass_]}"
             axes.plot(*zip(*points, strict=True), label=label, markerfacecolor=face, **look | {"linestyle": "none"})
             if name == next(iter(looks)):
-                for row, point in zip(chosen, points, strict=True):
-                    axes.annotate(row.shape, point, (6, -3), textcoords="offset points", fontsize=8)
+                _labels(axes, [row.shape for row in chosen], points, left=pass_ == "fw")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    _plain_logarithms(axes.xaxis)
+    _plain_logarithms(axes.yaxis)
     axes.set_xlabel("operations per byte that must move")
     axes.set_ylabel("achieved TFLOP/s")
     axes.set_title(f"Roofline, {rows[0].dtype}; {_machine(report)}", fontsize=11)
@@ -174,7 +193,7 @@ def memory(report: Report) -> Figure | None:
     looks = _looks(row.implementation for row in rows)
     shapes = list(dict.fromkeys(row.shape for row in rows))
     width = 0.84 / len(looks)
-    figure, axes = plt.subplots(figsize=(max(7.0, 1.9 * len(shapes)), 5.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(max(8.0, 1.9 * len(shapes)), 5.8), layout="constrained")
     for n, (name, look) in enumerate(looks.items()):
         mine = {row.shape: (row.peak_bytes or 0) / 1e9 for row in rows if row.implementation == name}
         places = [shapes.index(shape) - 0.42 + (n + 0.5) * width for shape in mine]
@@ -185,7 +204,7 @@ def memory(report: Report) -> Figure | None:
     axes.set_ylabel("peak memory (GB)")
     title = f"Peak memory of forward and backward, inputs, outputs and gradients included, {rows[0].dtype}"
     axes.set_title(f"{title}; {_machine(report)}", fontsize=11)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     return figure
 
 

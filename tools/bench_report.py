@@ -181,6 +181,21 @@ def best_peers(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
     return pairs
 
 
+def _peers_table(pairs: Sequence[tuple[Row, Row]]) -> Table:
+    """A line per shape, a column per pass."""
+    out = Table(title="Time of the best mlstm-kernels over that of ours torch", title_justify="left")
+    passes = list(dict.fromkeys(mine.pass_ for mine, _ in pairs))
+    for name in ("shape", "dtype", *passes):
+        out.add_column(name, no_wrap=True)
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for mine, peer in pairs:
+        name = peer.implementation.removeprefix("mlstm-kernels ")
+        lines.setdefault(mine.problem, {})[mine.pass_] = f"{peer.ms / mine.ms:.2f} ({name})"
+    for problem, cells in lines.items():
+        out.add_row(*problem, *(cells.get(pass_, "") for pass_ in passes))
+    return out
+
+
 def slopes(rows: Iterable[Row]) -> dict[tuple[str, str, str], float]:
     """d log time / d log T over the long sequences of the scaling table, by dtype, implementation and pass.
 
@@ -207,12 +222,8 @@ def show(console: Console, report: Report) -> None:
         console.print(table(rows, f"{dtype}, {report.facts.get('device', '')}: time per call, median of rounds"))
     for line in absent(report.rows):
         console.print(Text(line, "yellow"))
-    for mine, peer in best_peers(report.rows):
-        console.print(
-            f"{mine.shape} {mine.dtype} {mine.pass_}: best mlstm-kernels ({peer.implementation}) / ours torch = "
-            f"{milliseconds(peer.ms)} / {milliseconds(mine.ms)} = {peer.ms / mine.ms:.2f}",
-            highlight=False,
-        )
+    if pairs := best_peers(report.rows):
+        console.print(_peers_table(pairs))
     if report.ceilings:
         rates = ", ".join(f"{name} {rate:.4g}" for name, rate in report.ceilings["matmul_tflop_s"].items())
         copy = report.ceilings["copy_tb_s"]

@@ -7,21 +7,21 @@ from .common import (
     contiguous_rows,
     dot,
     exp2_difference,
-    load_columns,
     load_pair,
-    load_rows,
     load_state,
+    load_tokens,
     load_vector,
     operand,
-    store_rows,
-    strided_rows,
+    state_view,
+    store_tokens,
+    token_view,
     zeros_tuple,
 )
 
 
 @triton.jit
 def _rows(
-    p_q, q_row, p_k, k_row, p_v, v_row, p_c, p_a, p_beta, p_floor, p_state, p_norm, p_h, h_row, p_r, p_d,
+    q, k, v, p_c, p_a, p_beta, p_floor, state, p_norm, p_h, h_row, p_r, p_d,
     length, padded,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -33,25 +33,24 @@ def _rows(
     EPS: tl.constexpr,
     STORE_D: tl.constexpr,
     PAIRS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The rows of the chunk's tile COUNT - 1, against its COUNT tiles up to there. Scores once, then blocks of values."""
+    """The rows of the chunk's tile COUNT - 1 against the tiles up to there. Scores once, then blocks of values."""
     t_q = (COUNT - 1) * BT + tl.arange(0, BT)
-    o_k = tl.arange(0, BK)
-    o_v = tl.arange(0, BV)
 
     scores = zeros_tuple(COUNT, BT, BT)
     b_r = tl.zeros([BT], tl.float32)
     for k0 in tl.static_range(0, K, BK):
-        b_q = load_rows(p_q, t_q, q_row, length, k0 + o_k, K, BK)
+        b_q = load_tokens(q, (COUNT - 1) * BT, k0, BT, K, BK, DESCRIPTORS)
         keys = ()  # all loads before the first use: their latencies overlap
         for y in tl.static_range(COUNT):
-            keys = keys + (load_columns(p_k, y * BT + tl.arange(0, BT), k_row, length, k0 + o_k, K, BK),)
-        b_norm = load_vector(p_norm, k0 + o_k, K, BK)
+            keys = keys + (load_tokens(k, y * BT, k0, BT, K, BK, DESCRIPTORS),)
+        b_norm = load_vector(p_norm, k0 + tl.arange(0, BK), K, BK)
         updated = ()
         for y in tl.static_range(COUNT):
-            updated = updated + (dot(b_q, keys[y], scores[y], PRECISION),)
+            updated = updated + (dot(b_q, tl.trans(keys[y]), scores[y], PRECISION),)
         scores = updated
         b_r += tl.sum(b_q.to(tl.float32) * b_norm[None, :], 1)
 
@@ -77,14 +76,14 @@ def _rows(
         b_h = tl.zeros([BT, BV], tl.float32)
         for k0 in tl.static_range(0, K, BK):
             if BK < K:
-                b_q = load_rows(p_q, t_q, q_row, length, k0 + o_k, K, BK)
-            b_state = load_state(p_state, k0 + o_k, v0 + o_v, K, V, BK, BV)
+                b_q = load_tokens(q, (COUNT - 1) * BT, k0, BT, K, BK, DESCRIPTORS)
+            b_state = load_state(state, k0, v0, K, V, BK, BV, DESCRIPTORS)
             b_h = dot(operand(b_q, BF16, PRECISION), operand(b_state, BF16, PRECISION), b_h, PRECISION)
         b_h *= b_beta[:, None]
         for y in tl.static_range(COUNT):
-            b_v = load_rows(p_v, y * BT + tl.arange(0, BT), v_row, length, v0 + o_v, V, BV)
+            b_v = load_tokens(v, y * BT, v0, BT, V, BV, DESCRIPTORS)
             b_h = dot(weighted[y], operand(b_v, BF16, PRECISION), b_h, PRECISION)
-        store_rows(p_h, b_h * b_inverse[:, None], t_q, h_row, length, v0 + o_v, V, BV)
+        store_tokens(p_h, b_h * b_inverse[:, None], (COUNT - 1) * BT, h_row, length, v0, BT, V, BV)
 
 
 @triton.jit(
@@ -118,6 +117,7 @@ def chunk_forward(
     STORE_D: tl.constexpr,
     BTHD: tl.constexpr,
     PAIRS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -132,20 +132,21 @@ def chunk_forward(
 
     # All tokens are counted from the chunk's start from here on.
     t = n * L
-    o_q, q_row = strided_rows(head, t, q_sb, q_sh, q_st, H, UNIT)
-    o_k, k_row = strided_rows(head, t, k_sb, k_sh, k_st, H, UNIT)
-    o_v, v_row = strided_rows(head, t, v_sb, v_sh, v_st, H, UNIT)
+    q_view = token_view(q, q_sb, q_sh, q_st, head, t, T, H, UNIT, DESCRIPTORS)
+    k_view = token_view(k, k_sb, k_sh, k_st, head, t, T, H, UNIT, DESCRIPTORS)
+    v_view = token_view(v, v_sb, v_sh, v_st, head, t, T, H, UNIT, DESCRIPTORS)
+    state = state_view(states, head * n_chunks + n, K, V, DESCRIPTORS)
     o_h, h_row = contiguous_rows(head, t, T, H, V, BTHD)
     o_pair = head * 2 * padded + t
     o_row = head * padded + t
-    p_state = states + (head * n_chunks + n) * K * V
     p_norm = norms + (head * n_chunks + n) * K
     if not STORE_D and pid == 0:
         tl.store(d, 0.0)
     for tile in tl.static_range(NRT):
         if PARTS == 1 or part == tile * PARTS // NRT:
             _rows(
-                q + o_q, q_row, k + o_k, k_row, v + o_v, v_row, c + o_pair, a + o_pair, beta + o_row, floor + o_row,
-                p_state, p_norm, h + o_h, h_row, r + o_row, d + head * T + t, T - t, padded,
-                K, V, BT, BK, BV, tile + 1, SCALE, EPS, STORE_D, PAIRS, BF16, PRECISION,
+                q_view, k_view, v_view, c + o_pair, a + o_pair, beta + o_row, floor + o_row, state, p_norm,
+                h + o_h, h_row, r + o_row, d + head * T + t, T - t, padded,
+                K, V, BT, BK, BV, tile + 1, SCALE, EPS, STORE_D, PAIRS, DESCRIPTORS, BF16,
+                PRECISION,
             )  # fmt: skip

@@ -52,35 +52,42 @@ def operand(x, BF16: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_rows(x, o_row, row_stride, length, o_col, COLS: tl.constexpr, BLOCK: tl.constexpr):
-    """x[o_row, o_col] as [rows, BLOCK]; zeros beyond COLS. Rows from `length` on repeat the last one: weigh them by 0.
+def token_view(x, sb, sh, st, head, t, T, H: tl.constexpr, UNIT: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """One head's rows from token t on, for `load_tokens`. Strides are in units of UNIT elements.
 
-    Rows are counted from the chunk's start, so that 32 bits hold their offsets.
+    Rows are counted from t, so that 32 bits hold their offsets (the host checks the token stride).
     """
-    o_row = tl.minimum(o_row, length - 1) * row_stride
-    p_x = x + (o_row[:, None] + o_col[None, :])
-    if COLS % BLOCK != 0:
-        b_x = tl.load(p_x, mask=(o_col < COLS)[None, :], other=0.0)
+    if DESCRIPTORS:
+        view = (x, (head // H).to(tl.int32), (head % H).to(tl.int32), t)
     else:
-        b_x = tl.load(p_x)
+        view = (x + ((head // H) * sb + (head % H) * sh + t.to(tl.int64) * st) * UNIT, st * UNIT, T - t)
+    return view
+
+
+@triton.jit
+def load_tokens(view, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """A [ROWS, BLOCK] tile of rows of COLS elements; zeros beyond COLS.
+
+    Rows from T on are finite, either zeros or the last row again: they must be weighed by 0.
+    """
+    if DESCRIPTORS:
+        b_x = view[0].load([view[1], view[2], view[3] + row, col]).reshape([ROWS, BLOCK])
+    else:
+        o_row = tl.minimum(row + tl.arange(0, ROWS), view[2] - 1) * view[1]
+        o_col = col + tl.arange(0, BLOCK)
+        p_x = view[0] + (o_row[:, None] + o_col[None, :])
+        if COLS % BLOCK != 0:
+            b_x = tl.load(p_x, mask=(o_col < COLS)[None, :], other=0.0)
+        else:
+            b_x = tl.load(p_x)
     return b_x
 
 
 @triton.jit
-def load_columns(x, o_row, row_stride, length, o_col, COLS: tl.constexpr, BLOCK: tl.constexpr):
-    """The transpose of `load_rows`: [BLOCK, rows]."""
-    o_row = tl.minimum(o_row, length - 1) * row_stride
-    p_x = x + (o_row[None, :] + o_col[:, None])
-    if COLS % BLOCK != 0:
-        b_x = tl.load(p_x, mask=(o_col < COLS)[:, None], other=0.0)
-    else:
-        b_x = tl.load(p_x)
-    return b_x
-
-
-@triton.jit
-def store_rows(x, value, o_row, row_stride, length, o_col, COLS: tl.constexpr, BLOCK: tl.constexpr):
-    """x[o_row, o_col] = value inside (length, COLS), rounded once to x's dtype."""
+def store_tokens(x, value, row, row_stride, length, col, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """x[row, col] = value inside (length, COLS), rounded once to x's dtype."""
+    o_row = row + tl.arange(0, ROWS)
+    o_col = col + tl.arange(0, BLOCK)
     p_x = x + ((o_row * row_stride)[:, None] + o_col[None, :])
     m_x = (o_row < length)[:, None]
     if COLS % BLOCK != 0:
@@ -89,20 +96,45 @@ def store_rows(x, value, o_row, row_stride, length, o_col, COLS: tl.constexpr, B
 
 
 @triton.jit
-def load_state(x, o_k, o_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """A [BK, BV] tile of a contiguous (K, V) state; zeros outside."""
-    p_x = x + (o_k[:, None] * V + o_v[None, :])
-    m_x = (o_k < K)[:, None] & (o_v < V)[None, :]
-    if K % BK == 0 and V % BV == 0:
-        b_x = tl.load(p_x)
+def state_view(x, chunk, K: tl.constexpr, V: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """The state of one head and chunk, for `load_state`."""
+    if DESCRIPTORS:
+        view = (x, chunk.to(tl.int32))
     else:
-        b_x = tl.load(p_x, mask=m_x, other=0.0)
+        view = (x + chunk * K * V,)
+    return view
+
+
+@triton.jit
+def load_state(
+    view,
+    k0,
+    v0,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DESCRIPTORS: tl.constexpr = False,
+):
+    """A [BK, BV] tile of a contiguous (K, V) state; zeros outside."""
+    if DESCRIPTORS:
+        b_x = view[0].load([view[1], k0, v0]).reshape([BK, BV])
+    else:
+        o_k = k0 + tl.arange(0, BK)
+        o_v = v0 + tl.arange(0, BV)
+        p_x = view[0] + (o_k[:, None] * V + o_v[None, :])
+        if K % BK == 0 and V % BV == 0:
+            b_x = tl.load(p_x)
+        else:
+            b_x = tl.load(p_x, mask=(o_k < K)[:, None] & (o_v < V)[None, :], other=0.0)
     return b_x
 
 
 @triton.jit
-def store_state(x, value, o_k, o_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def store_state(x, value, k0, v0, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
     """A [BK, BV] tile of a contiguous (K, V) state, rounded once to x's dtype."""
+    o_k = k0 + tl.arange(0, BK)
+    o_v = v0 + tl.arange(0, BV)
     p_x = x + (o_k[:, None] * V + o_v[None, :])
     value = cast(value, x.dtype.element_ty)
     m_x = (o_k < K)[:, None] & (o_v < V)[None, :]
@@ -179,13 +211,3 @@ def contiguous_rows(head, t, T, H: tl.constexpr, D: tl.constexpr, BTHD: tl.const
         offset = (head * T + t) * D
         stride = D
     return offset, stride
-
-
-@triton.jit
-def strided_rows(head, t, sb, sh, st, H: tl.constexpr, UNIT: tl.constexpr):
-    """Offset of head's row t and the row stride, from strides in units of UNIT elements.
-
-    The stride of a chunk's rows fits 32 bits (checked on the host), their offsets from one another too.
-    """
-    offset = ((head // H) * sb + (head % H) * sh + t.to(tl.int64) * st) * UNIT
-    return offset, st * UNIT

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import contiguous_rows, load_rows, strided_rows
+from .common import contiguous_rows, load_tokens, token_view
 
 
 @triton.jit(
@@ -49,14 +49,13 @@ def normaliser_backward(
         b_d = tl.maximum(tl.abs(b_r), b_floor) + EPS
     b_delta = tl.zeros([BT], tl.float32)
     if EXACT:
-        length = tl.maximum(T - first, 1)
         first = tl.minimum(first, T - 1)
-        o_dh, dh_row = strided_rows(head, first, dh_sb, dh_sh, dh_st, H, UNIT)
+        dh_view = token_view(dh, dh_sb, dh_sh, dh_st, head, first, T, H, UNIT, False)
         o_h, h_row = contiguous_rows(head, first, T, H, V, BTHD)
+        h_view = (h + o_h, h_row, T - first)
         for v0 in range(0, V, BV):
-            o_v = v0 + tl.arange(0, BV)
-            b_h = load_rows(h + o_h, tl.arange(0, BT), h_row, length, o_v, V, BV).to(tl.float32)
-            b_dh = load_rows(dh + o_dh, tl.arange(0, BT), dh_row, length, o_v, V, BV).to(tl.float32)
+            b_h = load_tokens(h_view, 0, v0, BT, V, BV, False).to(tl.float32)
+            b_dh = load_tokens(dh_view, 0, v0, BT, V, BV, False).to(tl.float32)
             b_delta += tl.sum(b_h * b_dh, 1)
         b_delta = b_delta / b_d
         b_delta = tl.where(b_r > 0, -b_delta, b_delta)

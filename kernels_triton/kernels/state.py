@@ -5,14 +5,13 @@ import triton.language as tl
 
 from .common import (
     dot,
-    load_columns,
-    load_rows,
     load_state,
+    load_tokens,
     load_vector,
     operand,
     store_state,
     store_vector,
-    strided_rows,
+    token_view,
 )
 
 
@@ -63,6 +62,7 @@ def state_scan(
     HAS_INITIAL: tl.constexpr,
     HAS_OUTER: tl.constexpr,
     HAS_NORMS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -79,8 +79,9 @@ def state_scan(
     head = pid // (NVT * NKT)
     n_chunks = tl.cdiv(T, L)
     padded = n_chunks.to(tl.int64) * L
-    o_k = (kt * BK + tl.arange(0, BK)).to(tl.int32)
-    o_v = (vt * BV + tl.arange(0, BV)).to(tl.int32)
+    k0 = (kt * BK).to(tl.int32)
+    v0 = (vt * BV).to(tl.int32)
+    o_k = k0 + tl.arange(0, BK)
     o_t = tl.arange(0, BT)
     p_outer = outer + (head * NKT * NVT + kt * NVT + vt) * 2
     o_state = head * K * V
@@ -88,13 +89,13 @@ def state_scan(
     b_state = tl.zeros([BK, BV], tl.float32)
     b_norm = tl.zeros([BK], tl.float32)
     if HAS_STATE_IN:
-        b_state = load_state(state_in + o_state, o_k, o_v, K, V, BK, BV).to(tl.float32)
+        b_state = load_state((state_in + o_state,), k0, v0, K, V, BK, BV).to(tl.float32)
     if HAS_NORM_IN:
         b_norm = load_vector(norm_in + head * K, o_k, K, BK).to(tl.float32)
     if HAS_OUTER:
         product = tl.full([], 0.0, tl.float32)
         if HAS_STATE_IN:
-            b_c = load_state(fw_last + o_state, o_k, o_v, K, V, BK, BV)
+            b_c = load_state((fw_last + o_state,), k0, v0, K, V, BK, BV)
             product = inner_product(b_state, b_c, BK * BV)
             if HAS_NORMS:
                 product += norm_product(b_norm, fw_norm_last + head * K, o_k, vt, K, BK)
@@ -109,7 +110,7 @@ def state_scan(
             decay = tl.where(step % PER == 0, decay, 1.0)
         if PER == 1 or step % PER == 0:
             o_chunk = head * n_chunks + n
-            store_state(states + o_chunk * K * V, b_state, o_k, o_v, K, V, BK, BV)
+            store_state(states + o_chunk * K * V, b_state, k0, v0, K, V, BK, BV)
             if vt == 0:
                 store_vector(norms + o_chunk * K, b_norm, o_k, K, BK)
         b_state *= decay
@@ -121,22 +122,22 @@ def state_scan(
         if BACKWARD:
             b_u = tl.load(u + head * padded + t + o_t)
         t = tl.minimum(t, T - 1)
-        o_x, x_row = strided_rows(head, t, x_sb, x_sh, x_st, H, UNIT)
-        o_y, y_row = strided_rows(head, t, y_sb, y_sh, y_st, H, UNIT)
-        b_x = load_columns(x + o_x, o_t, x_row, T - t, o_k, K, BK).to(tl.float32)  # [BK, BT]
-        b_y = load_rows(y + o_y, o_t, y_row, T - t, o_v, V, BV)  # [BT, BV]
+        x_view = token_view(x, x_sb, x_sh, x_st, head, t, T, H, UNIT, DESCRIPTORS)
+        y_view = token_view(y, y_sb, y_sh, y_st, head, t, T, H, UNIT, DESCRIPTORS)
+        b_x = tl.trans(load_tokens(x_view, 0, k0, BT, K, BK, DESCRIPTORS)).to(tl.float32)  # [BK, BT]
+        b_y = load_tokens(y_view, 0, v0, BT, V, BV, DESCRIPTORS)
         b_xw = operand(b_x * b_w[None, :], BF16, PRECISION)
         b_state = dot(b_xw, operand(b_y, BF16, PRECISION), b_state, PRECISION)
         if vt == 0:
             b_norm += tl.sum(b_x * b_u[None, :], 1)
 
-    store_state(state_out + o_state, b_state, o_k, o_v, K, V, BK, BV)
+    store_state(state_out + o_state, b_state, k0, v0, K, V, BK, BV)
     if vt == 0:
         store_vector(norm_out + head * K, b_norm, o_k, K, BK)
     if HAS_OUTER:
         product = tl.full([], 0.0, tl.float32)
         if HAS_INITIAL:
-            b_c = load_state(fw_initial + o_state, o_k, o_v, K, V, BK, BV).to(tl.float32)
+            b_c = load_state((fw_initial + o_state,), k0, v0, K, V, BK, BV).to(tl.float32)
             product = inner_product(b_state, b_c, BK * BV)
             if HAS_NORMS:
                 product += norm_product(b_norm, fw_norm_initial + head * K, o_k, vt, K, BK)

@@ -1,0 +1,92 @@
+"""The gradient of one tile of queries, with the row sums that dF needs."""
+
+import triton
+import triton.language as tl
+
+from .common import (
+    dot,
+    exp2_difference,
+    load_pair,
+    load_state,
+    load_tokens,
+    load_vector,
+    operand,
+    store_tokens,
+    zeros_tuple,
+)
+
+
+@triton.jit
+def queries_backward(
+    q, k, v, dh, q_plain, p_c, p_a, p_inverse, p_delta, p_state_inverse, p_state_delta, state, p_norm,
+    p_dq, dq_row, p_sums, length, key_tile, padded,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    L: tl.constexpr,
+    BS: tl.constexpr,
+    TILE: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of the chunk's tile TILE, against its columns up to there, for BK keys."""
+    COUNT: tl.constexpr = ((TILE + 1) * BT + BS - 1) // BS
+    ROW: tl.constexpr = TILE * BT
+    t_q = ROW + tl.arange(0, BT)
+    k_first = key_tile * BK
+    o_k = k_first + tl.arange(0, BK)
+
+    products = zeros_tuple(COUNT, BT, BS)
+    b_dq = tl.zeros([BT, BK], tl.float32)
+    for v0 in range(0, V, BV):
+        b_dh = load_tokens(dh, ROW, v0, BT, V, BV, DESCRIPTORS)
+        updated = ()
+        for y in tl.static_range(COUNT):
+            b_v = load_tokens(v, y * BS, v0, BS, V, BV, DESCRIPTORS)
+            updated = updated + (dot(b_dh, tl.trans(b_v), products[y], PRECISION),)
+        products = updated
+        b_c = load_state(state, k_first, v0, K, V, BK, BV, DESCRIPTORS)
+        b_dq = dot(operand(b_dh, BF16, PRECISION), tl.trans(operand(b_c, BF16, PRECISION)), b_dq, PRECISION)
+
+    b_plain = load_tokens(q_plain, ROW, k_first, BT, K, BK, False)
+    b_q = b_plain
+    if DESCRIPTORS:
+        b_q = load_tokens(q, ROW, k_first, BT, K, BK, True)
+    keys = ()  # all loads before the first use: their latencies overlap
+    for y in tl.static_range(COUNT):
+        keys = keys + (load_tokens(k, y * BS, k_first, BS, K, BK, DESCRIPTORS),)
+    b_inverse = tl.load(p_inverse + t_q)
+    b_delta = tl.load(p_delta + t_q)
+    a_hi, a_lo = load_pair(p_a, t_q, padded)
+    b_dq *= tl.load(p_state_inverse + t_q)[:, None]
+    if HAS_NORMS:
+        b_dq += tl.load(p_state_delta + t_q)[:, None] * load_vector(p_norm, o_k, K, BK)[None, :]
+    b_rows = tl.sum(b_plain.to(tl.float32) * b_dq, 1)
+
+    b_diagonal = tl.zeros([BT], tl.float32)
+    for y in tl.static_range(COUNT):
+        t_k = y * BS + tl.arange(0, BS)
+        c_hi, c_lo = load_pair(p_c, t_k, padded)
+        b_d = exp2_difference(c_hi[None, :], c_lo[None, :], a_hi[:, None], a_lo[:, None], PAIRS) * SCALE
+        b_ds = (products[y] * b_inverse[:, None] + b_delta[:, None]) * b_d
+        b_k = keys[y]
+        b_s = dot(b_q, tl.trans(b_k), tl.zeros([BT, BS], tl.float32), PRECISION)
+        if (y + 1) * BS > ROW:
+            # The diagonal of X would cancel in dlogf but leave its rounding: it stays apart.
+            b_ds = tl.where(t_k[None, :] <= t_q[:, None], b_ds, 0.0)
+            b_x = b_s * b_ds
+            m_diagonal = t_k[None, :] == t_q[:, None]
+            b_rows += tl.sum(tl.where(m_diagonal, 0.0, b_x), 1)
+            b_diagonal += tl.sum(tl.where(m_diagonal, b_x, 0.0), 1)
+        else:
+            b_rows += tl.sum(b_s * b_ds, 1)
+        b_dq = dot(operand(b_ds, BF16, PRECISION), operand(b_k, BF16, PRECISION), b_dq, PRECISION)
+    tl.store(p_sums + t_q, b_rows)
+    tl.store(p_sums + padded + t_q, b_diagonal)
+    store_tokens(p_dq, b_dq, ROW, dq_row, length, k_first, BT, K, BK)
