@@ -3,87 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
-from .config import Config, Tile, configure
-from .kernels import chunk_backward, chunk_forward, gates_backward, gates_forward, normaliser_backward, state_scan
-from .launch import Descriptor, Launch, Operand, Spec
-from .problem import Problem, Strides
-
-# Buffers that the gates' kernel makes and most others read.
-GATES = ("c", "a", "alpha", "beta", "gamma")
-# And those that the normaliser's kernel makes, backward.
-NORMALISER = ("d_inverse", "delta", "state_inverse", "state_delta")
-
-
-def cdiv(x: int, y: int) -> int:
-    """x / y, rounded up."""
-    return -(-x // y)
+from .builder_fused import FusedBuilder
+from .config import Tile
+from .kernels import (
+    chunk_backward,
+    chunk_forward,
+    gates_backward,
+    gates_forward,
+    normaliser_backward,
+    state_scan,
+)
+from .launch import Launch, Spec
+from .launch_builder import NORMALISER, cdiv
 
 
-class Builder:
+class Builder(FusedBuilder):
     """The launches of one problem."""
-
-    def __init__(self, problem: Problem, config: Config | None = None):
-        self.p = problem
-        self.config = config or configure(problem)
-        self.heads = problem.B * problem.H
-        self.L = self.config.L
-        self.NT = cdiv(problem.T, self.L)
-        self.rows = (problem.B, problem.H, self.NT * self.L)
-        self.strides: dict[str, Strides] = dict(problem.strides)
-        self.state_dtype = "bfloat16" if problem.dtype == "bfloat16" else "float32"
-        # float16 has tf32's mantissa, so its weighted products lose nothing in tf32.
-        self.descriptors = problem.descriptors
-        self.precision = "tf32" if problem.dtype == "float16" else problem.precision
-
-    def _tokens(self, tile: Tile, *tensors: tuple[str, str]) -> tuple[dict[str, Operand], int]:
-        """Parameters `x, x_sb, x_sh, x_st` of (parameter, buffer) pairs; strides in units that keep loads aligned."""
-        p = self.p
-        used = [s for _, buffer in tensors for s in self.strides[buffer]]
-        unit = math.gcd(16, *used) or 16
-        parameters: dict[str, Operand] = {}
-        for name, buffer in tensors:
-            D, block = (p.K, tile.BK) if buffer in ("q", "k") else (p.V, tile.BV)
-            strides = self.strides[buffer]
-            parameters[name] = buffer
-            if self.descriptors:
-                # A stride of an axis of size 1 may be anything but must be aligned.
-                steps = tuple(s or D for s in strides)
-                parameters[name] = Descriptor(buffer, (p.B, p.H, p.T, D), (*steps, 1), (1, 1, tile.BT, block))
-            for axis, stride in zip("bht", strides, strict=True):
-                parameters[f"{name}_s{axis}"] = stride // unit
-        return parameters, unit
-
-    def _states(self, tile: Tile, buffer: str) -> Operand:
-        p = self.p
-        if not self.descriptors:
-            return buffer
-        shape = (self.heads * self.NT, p.K, p.V)
-        return Descriptor(buffer, shape, (p.K * p.V, p.V, 1), (1, tile.BK, tile.BV))
-
-    def _launch(
-        self,
-        kernel: Any,
-        operands: Mapping[str, Operand | None],
-        outputs: dict[str, tuple[str, Spec]],
-        programs: int,
-        tile: Tile,
-        blocks: str = "",
-        **constexprs: Any,
-    ) -> Launch:
-        # An absent operand is filled with a present one: a kernel behind its flag never reads it.
-        present = next(x for x in operands.values() if isinstance(x, str))
-        return Launch(
-            kernel=kernel,
-            operands={name: present if x is None else x for name, x in operands.items()},
-            outputs=outputs,
-            grid=programs,
-            constexprs={"H": self.p.H, "L": self.L, **{b: getattr(tile, b) for b in blocks.split()}, **constexprs},
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
 
     def gates(
         self,
@@ -135,20 +72,20 @@ class Builder:
     def _scan(self, backward: bool, operands: dict[str, Any], outputs: dict[str, Any], **flags: Any) -> Launch:
         p, tile = self.p, self.config.dstate if backward else self.config.state
         x, y = ("q", "dh") if backward else ("k", "v")
-        strided, unit = self._tokens(tile, ("x", x), ("y", y))
+        tokens, unit = self._tokens(tile, ("x", x), ("y", y))
         tiles = cdiv(p.K, tile.BK) * cdiv(p.V, tile.BV)
         head = (p.B, p.H)
         names = ("states", "norms", "state_out", "norm_out", "outer")
         shapes = {
-            "states": Spec((*head, self.NT, p.K, p.V), self.state_dtype),
-            "norms": Spec((*head, self.NT, p.K), "float32"),
+            "states": self.states_spec,
+            "norms": self.norms_spec,
             "state_out": Spec((*head, p.K, p.V), "float32"),
             "norm_out": Spec((*head, p.K), "float32"),
             "outer": Spec((*head, tiles, 2) if flags["HAS_OUTER"] else (1,), "float32"),
         }
         return self._launch(
             state_scan,
-            {**strided, **operands, "T": p.T},
+            {**tokens, **operands, "T": p.T},
             {name: (outputs[name], shapes[name]) for name in names},
             self.heads * tiles,
             tile,
@@ -157,14 +94,14 @@ class Builder:
             V=p.V,
             UNIT=unit,
             BACKWARD=backward,
-            DESCRIPTORS=self.descriptors,
+            SOURCE=int(self.descriptors),
             BF16=p.dtype == "bfloat16",
             PRECISION=self.precision,
             **flags,
         )
 
-    def state_forward(self) -> Launch:
-        """Chunk-start states and the last state."""
+    def state_forward(self, last: tuple[str, str] = ("c_last", "n_last")) -> Launch:
+        """Chunk-start states and the last state, under the names `last`."""
         initial = self.p.has_initial
         absent = ("fw_last", "fw_norm_last", "fw_initial", "fw_norm_initial")
         return self._scan(
@@ -177,7 +114,7 @@ class Builder:
                 "norm_in": "n_initial" if initial else None,
                 **dict.fromkeys(absent),
             },
-            {"states": "states", "norms": "norms", "state_out": "c_last", "norm_out": "n_last", "outer": "unused_scan"},
+            {"states": "states", "norms": "norms", "state_out": last[0], "norm_out": last[1], "outer": "unused_scan"},
             HAS_STATE_IN=initial,
             HAS_NORM_IN=initial,
             HAS_INITIAL=initial,
@@ -221,11 +158,11 @@ class Builder:
     def outputs(self, store_d: bool = False) -> Launch:
         """h and the signed normaliser; with store_d the normaliser per token too."""
         p, tile = self.p, self.config.forward
-        strided, unit = self._tokens(tile, ("q", "q"), ("k", "k"), ("v", "v"))
+        tokens, unit = self._tokens(tile, ("q", "q"), ("k", "k"), ("v", "v"))
         return self._launch(
             chunk_forward,
             {
-                **strided,
+                **tokens,
                 **{name: name for name in ("c", "a", "beta", "floor")},
                 "states": self._states(tile, "states"),
                 "norms": "norms",
@@ -246,10 +183,7 @@ class Builder:
             EPS=p.eps,
             STORE_D=store_d,
             BTHD=p.layout == "bthd",
-            PAIRS=p.dtype == "float32",
-            DESCRIPTORS=self.descriptors,
-            BF16=p.dtype == "bfloat16",
-            PRECISION=self.precision,
+            **self.arithmetic,
         )
 
     def normaliser(self, given: str | None = None) -> Launch:
@@ -286,13 +220,13 @@ class Builder:
     def gradients(self, norms: bool = True, inner: bool = True) -> Launch:
         """dq, dk, dv, and the row and column sums for the gates. norms: n is there and has a cotangent."""
         p, tile = self.p, self.config.backward
-        strided, unit = self._tokens(tile, ("q", "q"), ("k", "k"), ("v", "v"), ("dh", "dh"))
+        tokens, unit = self._tokens(tile, ("q", "q"), ("k", "k"), ("v", "v"), ("dh", "dh"))
         tiles = cdiv(p.K, tile.BK)
         sums = Spec((p.B, p.H, 2 * tiles, self.NT * self.L), "float32")
         return self._launch(
             chunk_backward,
             {
-                **strided,
+                **tokens,
                 "q_plain": "q",
                 "k_plain": "k",
                 **{name: name for name in ("c", "a", "alpha", *NORMALISER)},
@@ -320,10 +254,7 @@ class Builder:
             HAS_NORMS=norms,
             HAS_INNER=inner,
             BTHD=p.layout == "bthd",
-            PAIRS=p.dtype == "float32",
-            DESCRIPTORS=self.descriptors,
-            BF16=p.dtype == "bfloat16",
-            PRECISION=self.precision,
+            **self.arithmetic,
         )
 
     def gates_gradient(self, has_dlast: bool, has_dm_last: bool) -> Launch:
@@ -331,6 +262,9 @@ class Builder:
         p = self.p
         sb, sh, st = self.strides["f"]
         scan = self.config.dstate
+        fused = self.config.fused is not None
+        key_tiles = 1 if fused else cdiv(p.K, self.config.backward.BK)
+        scan_tiles = 1 if fused else cdiv(p.K, scan.BK) * cdiv(p.V, scan.BV)
         return self._launch(
             gates_backward,
             {
@@ -354,15 +288,10 @@ class Builder:
             },
             self.heads * self.NT,
             Tile(0, 0, 0, 0, 1, num_warps=max(1, min(4, self.L // 32)), num_stages=1),
-            NKT=cdiv(p.K, self.config.backward.BK),
-            NW=cdiv(p.K, self.config.backward.BK),
-            NP=cdiv(p.K, scan.BK) * cdiv(p.V, scan.BV),
+            NKT=key_tiles,
+            NW=key_tiles,
+            NP=scan_tiles,
             HAS_DLAST=has_dlast,
             HAS_DM_LAST=has_dm_last,
             BTHD=p.layout == "bthd",
         )
-
-    def _token_spec(self, dim: int | None, dtype: str) -> Spec:
-        p = self.p
-        tokens = (p.B, p.T, p.H) if p.layout == "bthd" else (p.B, p.H, p.T)
-        return Spec(tokens if dim is None else (*tokens, dim), dtype)

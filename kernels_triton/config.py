@@ -8,6 +8,8 @@ from .problem import MIN_CHUNK, Problem
 
 # Shared memory of one program, bytes, by architecture: what a configuration must fit.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+# As many programs as occupy a large GPU: from here on one program per head is enough.
+MANY_HEADS = 128
 
 
 def next_power_of_2(x: int) -> int:
@@ -17,7 +19,7 @@ def next_power_of_2(x: int) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """How one kernel cuts its work: BT tokens against BS tokens at a time, BK keys, BV values; PARTS programs a chunk."""
+    """One kernel's blocks: BT tokens against BS tokens at a time, BK keys, BV values; PARTS programs a chunk."""
 
     BT: int
     BS: int
@@ -39,6 +41,7 @@ class Config:
     forward: Tile
     backward: Tile
     normaliser: Tile
+    fused: Tile | None = None  # many small heads: instead of state, dstate, forward and backward
 
 
 def configure(problem: Problem) -> Config:
@@ -46,6 +49,7 @@ def configure(problem: Problem) -> Config:
 
     Validity: tiles are powers of two of at least 16, BT divides L.
     """
+    heads = problem.B * problem.H
     half = problem.dtype != "float32"
     wide = max(problem.K, problem.V) > 64
     L = problem.chunk_size or (128 if wide and half else 64)
@@ -73,6 +77,7 @@ def configure(problem: Problem) -> Config:
             forward=tile(rows, rows, 256, 32, 4, 3, roles=1),
             backward=tile(rows, rows, 256, 32 if deep else 64, 8 if deep else 4, 3 if deep else 2, roles=2),
             normaliser=tile(16, 16, 16, 128, 4, 2),
+            fused=tile(L, L, 64, 64, 4, 2) if L <= 64 and not wide and heads >= MANY_HEADS else None,
         )
     # float32 operands (float16 inputs too, where a weighted factor is involved) take twice the shared memory.
     return Config(

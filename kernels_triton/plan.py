@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 
-from .builder import GATES, Builder
-from .launch import Pass
+from .builder import Builder
+from .launch import Launch, Pass
+from .launch_builder import GATES
 from .problem import Problem, Strides, contiguous_strides
 
 INITIAL = ("c_initial", "n_initial", "m_initial")
@@ -16,12 +17,21 @@ GRADIENTS = ("dq", "dk", "dv", "di", "df")
 GRADIENTS_INITIAL = ("dc_initial", "dn_initial", "dm_initial")
 
 
+STATES = ("states", "norms")
+
+
 @functools.lru_cache(maxsize=1024)
-def forward_pass(problem: Problem) -> Pass:
-    """h, the last states, and what the backward pass reads."""
+def forward_pass(problem: Problem, save: bool = True) -> Pass:
+    """h, the last states, and to save, what the backward pass reads; states only as `problem.save_states` says."""
     b = Builder(problem)
     inputs = ("q", "k", "v", "i", "f", *(INITIAL if problem.has_initial else ()))
-    return Pass((b.gates(), b.state_forward(), b.outputs()), inputs, (*SAVED, "m_last"))
+    keep_states = save and problem.save_states
+    if b.config.fused:
+        launches: tuple[Launch, ...] = (b.gates(), b.fused_forward(keep_states))
+    else:
+        launches = (b.gates(), b.state_forward(), b.outputs())
+    results = tuple(x for x in SAVED if keep_states or x not in STATES) if save else ("h", *LAST[:2])
+    return Pass(launches, inputs, (*results, "m_last"))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -29,17 +39,19 @@ def backward_pass(problem: Problem, dh_strides: Strides | None = None, has_dlast
     """All gradients. `has_dlast`: cotangents of the last states are given (all three)."""
     b = Builder(problem)
     b.strides["dh"] = dh_strides or contiguous_strides(problem.H, problem.T, problem.V, problem.layout)
-    launches = (
-        b.normaliser(),
-        b.state_backward(has_dlast, has_dlast),
-        b.gradients(),
-        b.gates_gradient(has_dlast, has_dlast),
-    )
+    launches = [b.normaliser()]
+    if not problem.save_states:
+        launches.append(b.state_forward(("unused_c_last", "unused_n_last")))
+    if b.config.fused:
+        launches.append(b.fused_backward(has_dlast))
+    else:
+        launches += [b.state_backward(has_dlast, has_dlast), b.gradients()]
+    launches.append(b.gates_gradient(has_dlast, has_dlast))
     initial = problem.has_initial
     inputs = (
         *("q", "k", "v", "f", "dh"),
-        *SAVED,
+        *(x for x in SAVED if problem.save_states or x not in STATES),
         *(INITIAL[:2] if initial else ()),
         *(("dc_last", "dn_last", "dm_last") if has_dlast else ()),
     )
-    return Pass(launches, inputs, (*GRADIENTS, *(GRADIENTS_INITIAL if initial else ())))
+    return Pass(tuple(launches), inputs, (*GRADIENTS, *(GRADIENTS_INITIAL if initial else ())))

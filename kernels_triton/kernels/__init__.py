@@ -2,8 +2,18 @@
 
 from .chunk_backward import chunk_backward
 from .chunk_forward import chunk_forward
+from .fused import fused_backward, fused_forward
 from .gates import gates_backward, gates_forward
 from .normaliser import normaliser_backward
 from .state import state_scan
 
-__all__ = ["chunk_backward", "chunk_forward", "gates_backward", "gates_forward", "normaliser_backward", "state_scan"]
+__all__ = [
+    "chunk_backward",
+    "chunk_forward",
+    "fused_backward",
+    "fused_forward",
+    "gates_backward",
+    "gates_forward",
+    "normaliser_backward",
+    "state_scan",
+]

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .common import (
+    POINTERS,
     contiguous_rows,
     load_state,
     load_vector,
@@ -22,15 +23,15 @@ def _state_product(
     BK: tl.constexpr,
     BV: tl.constexpr,
     HAS_NORMS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    SOURCE: tl.constexpr,
 ):  # fmt: skip
     """<dC', C> + dn' . n over BK keys."""
     k_first = key_tile * BK
     o_k = k_first + tl.arange(0, BK)
     b_sum = tl.zeros([BK, BV], tl.float32)
     for v0 in tl.range(0, V, BV, num_stages=3):
-        b_c = load_state(state, k_first, v0, K, V, BK, BV, DESCRIPTORS).to(tl.float32)
-        b_sum += b_c * load_state(dstate, k_first, v0, K, V, BK, BV, DESCRIPTORS).to(tl.float32)
+        b_c = load_state(state, k_first, v0, K, V, BK, BV, SOURCE).to(tl.float32)
+        b_sum += b_c * load_state(dstate, k_first, v0, K, V, BK, BV, SOURCE).to(tl.float32)
     b_sum = tl.sum(b_sum, 1)
     if HAS_NORMS:
         b_sum += load_vector(p_norm, o_k, K, BK) * load_vector(p_dnorm, o_k, K, BK)
@@ -82,7 +83,7 @@ def chunk_backward(
     HAS_INNER: tl.constexpr,
     BTHD: tl.constexpr,
     PAIRS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    SOURCE: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -105,21 +106,21 @@ def chunk_backward(
 
     # All tokens are counted from the chunk's start from here on.
     t = n * L
-    q_view = token_view(q, q_sb, q_sh, q_st, head, t, T, H, UNIT, DESCRIPTORS)
-    k_view = token_view(k, k_sb, k_sh, k_st, head, t, T, H, UNIT, DESCRIPTORS)
-    v_view = token_view(v, v_sb, v_sh, v_st, head, t, T, H, UNIT, DESCRIPTORS)
-    q_plain_view = token_view(q_plain, q_sb, q_sh, q_st, head, t, T, H, UNIT, False)
-    k_plain_view = token_view(k_plain, k_sb, k_sh, k_st, head, t, T, H, UNIT, False)
-    dh_view = token_view(dh, dh_sb, dh_sh, dh_st, head, t, T, H, UNIT, DESCRIPTORS)
+    q_view = token_view(q, q_sb, q_sh, q_st, head, t, T, H, UNIT, SOURCE)
+    k_view = token_view(k, k_sb, k_sh, k_st, head, t, T, H, UNIT, SOURCE)
+    v_view = token_view(v, v_sb, v_sh, v_st, head, t, T, H, UNIT, SOURCE)
+    q_plain_view = token_view(q_plain, q_sb, q_sh, q_st, head, t, T, H, UNIT, POINTERS)
+    k_plain_view = token_view(k_plain, k_sb, k_sh, k_st, head, t, T, H, UNIT, POINTERS)
+    dh_view = token_view(dh, dh_sb, dh_sh, dh_st, head, t, T, H, UNIT, SOURCE)
     o_dk, dk_row = contiguous_rows(head, t, T, H, K, BTHD)
     o_dv, dv_row = contiguous_rows(head, t, T, H, V, BTHD)
     o_pair = head * 2 * padded + t
     o_row = head * padded + t
     o_sums = (head * 2 * NKT + 2 * key_tile) * padded + t
     o_chunk = head * n_chunks + n
-    state = state_view(states, o_chunk, K, V, DESCRIPTORS)
+    state = state_view(states, o_chunk, K, V, SOURCE)
     p_norm = norms + o_chunk * K
-    dstate = state_view(dstates, o_chunk, K, V, DESCRIPTORS)
+    dstate = state_view(dstates, o_chunk, K, V, SOURCE)
     p_dnorm = dnorms + o_chunk * K
     for tile in tl.static_range(NRT):
         if PARTS == 1 or part == tile * PARTS // (2 * NRT):
@@ -127,15 +128,17 @@ def chunk_backward(
                 q_view, k_view, v_view, dh_view, q_plain_view, c + o_pair, a + o_pair, d_inverse + o_row,
                 delta + o_row, state_inverse + o_row, state_delta + o_row, state, p_norm, dq + o_dk, dk_row,
                 rows + o_sums, T - t, key_tile, padded,
-                K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, DESCRIPTORS, BF16, PRECISION,
+                K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, SOURCE, SOURCE, BF16,
+                PRECISION,
             )  # fmt: skip
             if HAS_INNER and tile == 0:  # the program with the least to do
                 p_inner = inner + (head * NKT + key_tile) * n_chunks + n
-                _state_product(state, dstate, p_norm, p_dnorm, p_inner, key_tile, K, V, BK, BV, HAS_NORMS, DESCRIPTORS)
+                _state_product(state, dstate, p_norm, p_dnorm, p_inner, key_tile, K, V, BK, BV, HAS_NORMS, SOURCE)
         if PARTS == 1 or part == (NRT + tile) * PARTS // (2 * NRT):
             keys_values_backward(
                 q_view, k_view, v_view, dh_view, k_plain_view, c + o_pair, a + o_pair, alpha + o_row,
                 d_inverse + o_row, delta + o_row, dstate, p_dnorm, dk + o_dk, dk_row, dv + o_dv, dv_row,
                 cols + o_sums, T - t, key_tile, padded,
-                K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, DESCRIPTORS, BF16, PRECISION,
+                K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, SOURCE, SOURCE, BF16,
+                PRECISION,
             )  # fmt: skip

@@ -7,10 +7,10 @@ from .common import (
     contiguous_rows,
     dot,
     exp2_difference,
+    load_norm,
     load_pair,
     load_state,
     load_tokens,
-    load_vector,
     operand,
     state_view,
     store_tokens,
@@ -20,8 +20,8 @@ from .common import (
 
 
 @triton.jit
-def _rows(
-    q, k, v, p_c, p_a, p_beta, p_floor, state, p_norm, p_h, h_row, p_r, p_d,
+def rows_forward(
+    q, k, v, p_c, p_a, p_beta, p_floor, state, norm, p_h, h_row, p_r, p_d,
     length, padded,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -33,7 +33,8 @@ def _rows(
     EPS: tl.constexpr,
     STORE_D: tl.constexpr,
     PAIRS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    SOURCE: tl.constexpr,
+    STATES: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -43,11 +44,11 @@ def _rows(
     scores = zeros_tuple(COUNT, BT, BT)
     b_r = tl.zeros([BT], tl.float32)
     for k0 in tl.static_range(0, K, BK):
-        b_q = load_tokens(q, (COUNT - 1) * BT, k0, BT, K, BK, DESCRIPTORS)
+        b_q = load_tokens(q, (COUNT - 1) * BT, k0, BT, K, BK, SOURCE)
         keys = ()  # all loads before the first use: their latencies overlap
         for y in tl.static_range(COUNT):
-            keys = keys + (load_tokens(k, y * BT, k0, BT, K, BK, DESCRIPTORS),)
-        b_norm = load_vector(p_norm, k0 + tl.arange(0, BK), K, BK)
+            keys = keys + (load_tokens(k, y * BT, k0, BT, K, BK, SOURCE),)
+        b_norm = load_norm(norm, k0 + tl.arange(0, BK), K, BK, STATES)
         updated = ()
         for y in tl.static_range(COUNT):
             updated = updated + (dot(b_q, tl.trans(keys[y]), scores[y], PRECISION),)
@@ -76,12 +77,12 @@ def _rows(
         b_h = tl.zeros([BT, BV], tl.float32)
         for k0 in tl.static_range(0, K, BK):
             if BK < K:
-                b_q = load_tokens(q, (COUNT - 1) * BT, k0, BT, K, BK, DESCRIPTORS)
-            b_state = load_state(state, k0, v0, K, V, BK, BV, DESCRIPTORS)
+                b_q = load_tokens(q, (COUNT - 1) * BT, k0, BT, K, BK, SOURCE)
+            b_state = load_state(state, k0, v0, K, V, BK, BV, STATES)
             b_h = dot(operand(b_q, BF16, PRECISION), operand(b_state, BF16, PRECISION), b_h, PRECISION)
         b_h *= b_beta[:, None]
         for y in tl.static_range(COUNT):
-            b_v = load_tokens(v, y * BT, v0, BT, V, BV, DESCRIPTORS)
+            b_v = load_tokens(v, y * BT, v0, BT, V, BV, SOURCE)
             b_h = dot(weighted[y], operand(b_v, BF16, PRECISION), b_h, PRECISION)
         store_tokens(p_h, b_h * b_inverse[:, None], (COUNT - 1) * BT, h_row, length, v0, BT, V, BV)
 
@@ -117,11 +118,14 @@ def chunk_forward(
     STORE_D: tl.constexpr,
     BTHD: tl.constexpr,
     PAIRS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    SOURCE: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """PARTS programs per head and chunk share out its tiles of BT tokens: h_i = (sum_j<=i S_ij v_j + scale beta_i C^T q_i) / d_i."""
+    """PARTS programs per head and chunk share out its tiles of BT tokens.
+
+    h_i = (sum_j<=i S_ij v_j + scale beta_i C^T q_i) / d_i.
+    """
     NRT: tl.constexpr = L // BT
     pid = tl.program_id(0).to(tl.int64)
     n_chunks = tl.cdiv(T, L)
@@ -132,10 +136,10 @@ def chunk_forward(
 
     # All tokens are counted from the chunk's start from here on.
     t = n * L
-    q_view = token_view(q, q_sb, q_sh, q_st, head, t, T, H, UNIT, DESCRIPTORS)
-    k_view = token_view(k, k_sb, k_sh, k_st, head, t, T, H, UNIT, DESCRIPTORS)
-    v_view = token_view(v, v_sb, v_sh, v_st, head, t, T, H, UNIT, DESCRIPTORS)
-    state = state_view(states, head * n_chunks + n, K, V, DESCRIPTORS)
+    q_view = token_view(q, q_sb, q_sh, q_st, head, t, T, H, UNIT, SOURCE)
+    k_view = token_view(k, k_sb, k_sh, k_st, head, t, T, H, UNIT, SOURCE)
+    v_view = token_view(v, v_sb, v_sh, v_st, head, t, T, H, UNIT, SOURCE)
+    state = state_view(states, head * n_chunks + n, K, V, SOURCE)
     o_h, h_row = contiguous_rows(head, t, T, H, V, BTHD)
     o_pair = head * 2 * padded + t
     o_row = head * padded + t
@@ -144,9 +148,9 @@ def chunk_forward(
         tl.store(d, 0.0)
     for tile in tl.static_range(NRT):
         if PARTS == 1 or part == tile * PARTS // NRT:
-            _rows(
+            rows_forward(
                 q_view, k_view, v_view, c + o_pair, a + o_pair, beta + o_row, floor + o_row, state, p_norm,
                 h + o_h, h_row, r + o_row, d + head * T + t, T - t, padded,
-                K, V, BT, BK, BV, tile + 1, SCALE, EPS, STORE_D, PAIRS, DESCRIPTORS, BF16,
+                K, V, BT, BK, BV, tile + 1, SCALE, EPS, STORE_D, PAIRS, SOURCE, SOURCE, BF16,
                 PRECISION,
             )  # fmt: skip

@@ -7,6 +7,10 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
 NEG_INF = tl.constexpr(float("-inf"))
+# How tokens and states are read: from memory, from memory through tensor descriptors, or a tile that is there already.
+POINTERS = tl.constexpr(0)
+DESCRIPTORS = tl.constexpr(1)
+GIVEN = tl.constexpr(2)
 
 
 @triton.jit
@@ -52,12 +56,12 @@ def operand(x, BF16: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def token_view(x, sb, sh, st, head, t, T, H: tl.constexpr, UNIT: tl.constexpr, DESCRIPTORS: tl.constexpr):
+def token_view(x, sb, sh, st, head, t, T, H: tl.constexpr, UNIT: tl.constexpr, SOURCE: tl.constexpr):
     """One head's rows from token t on, for `load_tokens`. Strides are in units of UNIT elements.
 
     Rows are counted from t, so that 32 bits hold their offsets (the host checks the token stride).
     """
-    if DESCRIPTORS:
+    if SOURCE == DESCRIPTORS:
         view = (x, (head // H).to(tl.int32), (head % H).to(tl.int32), t)
     else:
         view = (x + ((head // H) * sb + (head % H) * sh + t.to(tl.int64) * st) * UNIT, st * UNIT, T - t)
@@ -65,13 +69,15 @@ def token_view(x, sb, sh, st, head, t, T, H: tl.constexpr, UNIT: tl.constexpr, D
 
 
 @triton.jit
-def load_tokens(view, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr):
+def load_tokens(view, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, SOURCE: tl.constexpr):
     """A [ROWS, BLOCK] tile of rows of COLS elements; zeros beyond COLS.
 
     Rows from T on are finite, either zeros or the last row again: they must be weighed by 0.
     """
-    if DESCRIPTORS:
+    if SOURCE == DESCRIPTORS:
         b_x = view[0].load([view[1], view[2], view[3] + row, col]).reshape([ROWS, BLOCK])
+    elif SOURCE == GIVEN:
+        b_x = view[0]
     else:
         o_row = tl.minimum(row + tl.arange(0, ROWS), view[2] - 1) * view[1]
         o_col = col + tl.arange(0, BLOCK)
@@ -96,9 +102,9 @@ def store_tokens(x, value, row, row_stride, length, col, ROWS: tl.constexpr, COL
 
 
 @triton.jit
-def state_view(x, chunk, K: tl.constexpr, V: tl.constexpr, DESCRIPTORS: tl.constexpr):
+def state_view(x, chunk, K: tl.constexpr, V: tl.constexpr, SOURCE: tl.constexpr):
     """The state of one head and chunk, for `load_state`."""
-    if DESCRIPTORS:
+    if SOURCE == DESCRIPTORS:
         view = (x, chunk.to(tl.int32))
     else:
         view = (x + chunk * K * V,)
@@ -114,11 +120,13 @@ def load_state(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    DESCRIPTORS: tl.constexpr = False,
+    SOURCE: tl.constexpr,
 ):
     """A [BK, BV] tile of a contiguous (K, V) state; zeros outside."""
-    if DESCRIPTORS:
+    if SOURCE == DESCRIPTORS:
         b_x = view[0].load([view[1], k0, v0]).reshape([BK, BV])
+    elif SOURCE == GIVEN:
+        b_x = view[0]
     else:
         o_k = k0 + tl.arange(0, BK)
         o_v = v0 + tl.arange(0, BV)
@@ -164,12 +172,28 @@ def load_vector(x, o, N: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def load_norm(x, o_k, K: tl.constexpr, BK: tl.constexpr, SOURCE: tl.constexpr):
+    """n or its cotangent: x itself where it is a tile, else loaded from x."""
+    if SOURCE == GIVEN:
+        b_x = x
+    else:
+        b_x = load_vector(x, o_k, K, BK)
+    return b_x
+
+
+@triton.jit
 def store_vector(x, value, o, N: tl.constexpr, BLOCK: tl.constexpr):
     """x[o] = value below N."""
     if N % BLOCK != 0:
         tl.store(x + o, value, mask=o < N)
     else:
         tl.store(x + o, value)
+
+
+@triton.jit
+def inner_product(x, y, SIZE: tl.constexpr):
+    """sum x y. Through a vector: Triton 3.6 fails for sm_100 where it reduces a product's accumulator axis by axis."""
+    return tl.sum(tl.reshape(x * y, [SIZE]), 0)
 
 
 @triton.jit

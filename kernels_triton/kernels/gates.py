@@ -70,7 +70,7 @@ def gates_forward(
 ):  # fmt: skip
     """One program per head, G chunks at a time.
 
-    D_ij = 2**(c_j - a_i), alpha_j = 2**(c_j - a_L), beta_i = 2**(M - a_i), gamma = 2**(M - a_L) with M the stabiliser of
+    D_ij = 2**(c_j - a_i), alpha_j = 2**(c_j - a_L), beta_i = 2**(M - a_i), gamma = 2**(M - a_L), M the stabiliser of
     the state at the chunk's start. a_L, the chunk's largest a, is subtracted from all.
     """
     head = tl.program_id(0).to(tl.int64)

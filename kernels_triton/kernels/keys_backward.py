@@ -4,12 +4,15 @@ import triton
 import triton.language as tl
 
 from .common import (
+    GIVEN,
+    DESCRIPTORS,
+    POINTERS,
     dot,
     exp2_difference,
+    load_norm,
     load_pair,
     load_state,
     load_tokens,
-    load_vector,
     operand,
     store_tokens,
     zeros_tuple,
@@ -18,7 +21,7 @@ from .common import (
 
 @triton.jit
 def keys_values_backward(
-    q, k, v, dh, k_plain, p_c, p_a, p_alpha, p_inverse, p_delta, dstate, p_dnorm,
+    q, k, v, dh, k_plain, p_c, p_a, p_alpha, p_inverse, p_delta, dstate, dnorm,
     p_dk, dk_row, p_dv, dv_row, p_sums, length, key_tile, padded,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -31,7 +34,8 @@ def keys_values_backward(
     SCALE: tl.constexpr,
     HAS_NORMS: tl.constexpr,
     PAIRS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    SOURCE: tl.constexpr,
+    STATES: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -51,10 +55,10 @@ def keys_values_backward(
 
     scores = zeros_tuple(COUNT, BT, BS)
     for k0 in tl.static_range(0, K, BK):
-        b_k = load_tokens(k, ROW, k0, BT, K, BK, DESCRIPTORS)
+        b_k = load_tokens(k, ROW, k0, BT, K, BK, SOURCE)
         queries = ()
         for y in tl.static_range(COUNT):
-            queries = queries + (load_tokens(q, (FIRST + y) * BS, k0, BS, K, BK, DESCRIPTORS),)
+            queries = queries + (load_tokens(q, (FIRST + y) * BS, k0, BS, K, BK, SOURCE),)
         updated = ()
         for y in tl.static_range(COUNT):
             updated = updated + (dot(b_k, tl.trans(queries[y]), scores[y], PRECISION),)
@@ -72,8 +76,8 @@ def keys_values_backward(
     products = zeros_tuple(COUNT, BT, BS)
     b_dk = tl.zeros([BT, BK], tl.float32)
     for v0 in range(0, V, BV):
-        b_v = load_tokens(v, ROW, v0, BT, V, BV, DESCRIPTORS)
-        b_dc = load_state(dstate, k_first, v0, K, V, BK, BV, DESCRIPTORS)
+        b_v = load_tokens(v, ROW, v0, BT, V, BV, SOURCE)
+        b_dc = load_state(dstate, k_first, v0, K, V, BK, BV, STATES)
         b_dk = dot(operand(b_v, BF16, PRECISION), tl.trans(operand(b_dc, BF16, PRECISION)), b_dk, PRECISION)
         if NKT == 1:
             b_dv = dot(
@@ -82,7 +86,7 @@ def keys_values_backward(
             b_dv *= b_alpha[:, None]
         updated = ()
         for y in tl.static_range(COUNT):
-            b_dh = load_tokens(dh, (FIRST + y) * BS, v0, BS, V, BV, DESCRIPTORS)
+            b_dh = load_tokens(dh, (FIRST + y) * BS, v0, BS, V, BV, SOURCE)
             updated = updated + (dot(b_v, tl.trans(b_dh), products[y], PRECISION),)
             if NKT == 1:
                 b_dv = dot(weighted[y], operand(b_dh, BF16, PRECISION), b_dv, PRECISION)
@@ -93,13 +97,17 @@ def keys_values_backward(
     # q and k again: kept since above, they would cost registers in the loop.
     queries = ()
     for y in tl.static_range(COUNT):
-        queries = queries + (load_tokens(q, (FIRST + y) * BS, k_first, BS, K, BK, DESCRIPTORS),)
-    b_plain = load_tokens(k_plain, ROW, k_first, BT, K, BK, False)
-    b_k = b_plain
-    if DESCRIPTORS:
-        b_k = load_tokens(k, ROW, k_first, BT, K, BK, True)
+        queries = queries + (load_tokens(q, (FIRST + y) * BS, k_first, BS, K, BK, SOURCE),)
+    if SOURCE == GIVEN:
+        b_k = k[0]
+        b_plain = b_k
+    else:
+        b_plain = load_tokens(k_plain, ROW, k_first, BT, K, BK, POINTERS)
+        b_k = b_plain
+        if SOURCE == DESCRIPTORS:
+            b_k = load_tokens(k, ROW, k_first, BT, K, BK, DESCRIPTORS)
     if HAS_NORMS:
-        b_dk += load_vector(p_dnorm, o_k, K, BK)[None, :]
+        b_dk += load_norm(dnorm, o_k, K, BK, STATES)[None, :]
     b_dk = b_dk * b_alpha[:, None]
     tl.store(p_sums + padded + t_k, tl.sum(b_plain.to(tl.float32) * b_dk, 1))
     b_cols = tl.zeros([BT], tl.float32)
@@ -124,11 +132,11 @@ def keys_values_backward(
         for v0 in range(key_tile * SHARE, tl.minimum(key_tile * SHARE + SHARE, V), BV):
             b_dv = tl.zeros([BT, BV], tl.float32)
             for k0 in tl.static_range(0, K, BK):
-                b_kk = load_tokens(k, ROW, k0, BT, K, BK, DESCRIPTORS)
-                b_dc = load_state(dstate, k0, v0, K, V, BK, BV, DESCRIPTORS)
+                b_kk = load_tokens(k, ROW, k0, BT, K, BK, SOURCE)
+                b_dc = load_state(dstate, k0, v0, K, V, BK, BV, STATES)
                 b_dv = dot(operand(b_kk, BF16, PRECISION), operand(b_dc, BF16, PRECISION), b_dv, PRECISION)
             b_dv *= b_alpha[:, None]
             for y in tl.static_range(COUNT):
-                b_dh = load_tokens(dh, (FIRST + y) * BS, v0, BS, V, BV, DESCRIPTORS)
+                b_dh = load_tokens(dh, (FIRST + y) * BS, v0, BS, V, BV, SOURCE)
                 b_dv = dot(weighted[y], operand(b_dh, BF16, PRECISION), b_dv, PRECISION)
             store_tokens(p_dv, b_dv, ROW, dv_row, length, v0, BT, V, BV)

@@ -3,7 +3,12 @@
 import triton
 import triton.language as tl
 
-from .common import contiguous_rows, load_tokens, token_view
+from .common import (
+    POINTERS,
+    contiguous_rows,
+    load_tokens,
+    token_view,
+)
 
 
 @triton.jit(
@@ -50,12 +55,12 @@ def normaliser_backward(
     b_delta = tl.zeros([BT], tl.float32)
     if EXACT:
         first = tl.minimum(first, T - 1)
-        dh_view = token_view(dh, dh_sb, dh_sh, dh_st, head, first, T, H, UNIT, False)
+        dh_view = token_view(dh, dh_sb, dh_sh, dh_st, head, first, T, H, UNIT, POINTERS)
         o_h, h_row = contiguous_rows(head, first, T, H, V, BTHD)
         h_view = (h + o_h, h_row, T - first)
         for v0 in range(0, V, BV):
-            b_h = load_tokens(h_view, 0, v0, BT, V, BV, False).to(tl.float32)
-            b_dh = load_tokens(dh_view, 0, v0, BT, V, BV, False).to(tl.float32)
+            b_h = load_tokens(h_view, 0, v0, BT, V, BV, POINTERS).to(tl.float32)
+            b_dh = load_tokens(dh_view, 0, v0, BT, V, BV, POINTERS).to(tl.float32)
             b_delta += tl.sum(b_h * b_dh, 1)
         b_delta = b_delta / b_d
         b_delta = tl.where(b_r > 0, -b_delta, b_delta)

@@ -4,6 +4,9 @@ import triton
 import triton.language as tl
 
 from .common import (
+    GIVEN,
+    DESCRIPTORS,
+    POINTERS,
     dot,
     exp2_difference,
     load_pair,
@@ -31,7 +34,8 @@ def queries_backward(
     SCALE: tl.constexpr,
     HAS_NORMS: tl.constexpr,
     PAIRS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    SOURCE: tl.constexpr,
+    STATES: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -45,22 +49,26 @@ def queries_backward(
     products = zeros_tuple(COUNT, BT, BS)
     b_dq = tl.zeros([BT, BK], tl.float32)
     for v0 in range(0, V, BV):
-        b_dh = load_tokens(dh, ROW, v0, BT, V, BV, DESCRIPTORS)
+        b_dh = load_tokens(dh, ROW, v0, BT, V, BV, SOURCE)
         updated = ()
         for y in tl.static_range(COUNT):
-            b_v = load_tokens(v, y * BS, v0, BS, V, BV, DESCRIPTORS)
+            b_v = load_tokens(v, y * BS, v0, BS, V, BV, SOURCE)
             updated = updated + (dot(b_dh, tl.trans(b_v), products[y], PRECISION),)
         products = updated
-        b_c = load_state(state, k_first, v0, K, V, BK, BV, DESCRIPTORS)
+        b_c = load_state(state, k_first, v0, K, V, BK, BV, STATES)
         b_dq = dot(operand(b_dh, BF16, PRECISION), tl.trans(operand(b_c, BF16, PRECISION)), b_dq, PRECISION)
 
-    b_plain = load_tokens(q_plain, ROW, k_first, BT, K, BK, False)
-    b_q = b_plain
-    if DESCRIPTORS:
-        b_q = load_tokens(q, ROW, k_first, BT, K, BK, True)
+    if SOURCE == GIVEN:
+        b_q = q[0]
+        b_plain = b_q
+    else:
+        b_plain = load_tokens(q_plain, ROW, k_first, BT, K, BK, POINTERS)
+        b_q = b_plain
+        if SOURCE == DESCRIPTORS:
+            b_q = load_tokens(q, ROW, k_first, BT, K, BK, DESCRIPTORS)
     keys = ()  # all loads before the first use: their latencies overlap
     for y in tl.static_range(COUNT):
-        keys = keys + (load_tokens(k, y * BS, k_first, BS, K, BK, DESCRIPTORS),)
+        keys = keys + (load_tokens(k, y * BS, k_first, BS, K, BK, SOURCE),)
     b_inverse = tl.load(p_inverse + t_q)
     b_delta = tl.load(p_delta + t_q)
     a_hi, a_lo = load_pair(p_a, t_q, padded)

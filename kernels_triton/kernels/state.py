@@ -4,7 +4,9 @@ import triton
 import triton.language as tl
 
 from .common import (
+    POINTERS,
     dot,
+    inner_product,
     load_state,
     load_tokens,
     load_vector,
@@ -13,12 +15,6 @@ from .common import (
     store_vector,
     token_view,
 )
-
-
-@triton.jit
-def inner_product(x, y, SIZE: tl.constexpr):
-    """sum x y. Through a vector: Triton 3.6 fails for sm_100 where it reduces a product's accumulator axis by axis."""
-    return tl.sum(tl.reshape(x * y, [SIZE]), 0)
 
 
 @triton.jit
@@ -62,13 +58,13 @@ def state_scan(
     HAS_INITIAL: tl.constexpr,
     HAS_OUTER: tl.constexpr,
     HAS_NORMS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    SOURCE: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per head and (BK, BV) tile of the state.
 
-    S <- gamma S + sum_t w_t x_t y_t^T and n <- gamma n + sum_t u_t x_t, chunk by chunk; backward from the last to the first.
+    S <- gamma S + sum_t w_t x_t y_t^T and n <- gamma n + sum_t u_t x_t, chunk by chunk; backward from the last one.
     """
     NKT: tl.constexpr = (K + BK - 1) // BK
     NVT: tl.constexpr = (V + BV - 1) // BV
@@ -89,13 +85,13 @@ def state_scan(
     b_state = tl.zeros([BK, BV], tl.float32)
     b_norm = tl.zeros([BK], tl.float32)
     if HAS_STATE_IN:
-        b_state = load_state((state_in + o_state,), k0, v0, K, V, BK, BV).to(tl.float32)
+        b_state = load_state((state_in + o_state,), k0, v0, K, V, BK, BV, POINTERS).to(tl.float32)
     if HAS_NORM_IN:
         b_norm = load_vector(norm_in + head * K, o_k, K, BK).to(tl.float32)
     if HAS_OUTER:
         product = tl.full([], 0.0, tl.float32)
         if HAS_STATE_IN:
-            b_c = load_state((fw_last + o_state,), k0, v0, K, V, BK, BV)
+            b_c = load_state((fw_last + o_state,), k0, v0, K, V, BK, BV, POINTERS)
             product = inner_product(b_state, b_c, BK * BV)
             if HAS_NORMS:
                 product += norm_product(b_norm, fw_norm_last + head * K, o_k, vt, K, BK)
@@ -122,10 +118,10 @@ def state_scan(
         if BACKWARD:
             b_u = tl.load(u + head * padded + t + o_t)
         t = tl.minimum(t, T - 1)
-        x_view = token_view(x, x_sb, x_sh, x_st, head, t, T, H, UNIT, DESCRIPTORS)
-        y_view = token_view(y, y_sb, y_sh, y_st, head, t, T, H, UNIT, DESCRIPTORS)
-        b_x = tl.trans(load_tokens(x_view, 0, k0, BT, K, BK, DESCRIPTORS)).to(tl.float32)  # [BK, BT]
-        b_y = load_tokens(y_view, 0, v0, BT, V, BV, DESCRIPTORS)
+        x_view = token_view(x, x_sb, x_sh, x_st, head, t, T, H, UNIT, SOURCE)
+        y_view = token_view(y, y_sb, y_sh, y_st, head, t, T, H, UNIT, SOURCE)
+        b_x = tl.trans(load_tokens(x_view, 0, k0, BT, K, BK, SOURCE)).to(tl.float32)  # [BK, BT]
+        b_y = load_tokens(y_view, 0, v0, BT, V, BV, SOURCE)
         b_xw = operand(b_x * b_w[None, :], BF16, PRECISION)
         b_state = dot(b_xw, operand(b_y, BF16, PRECISION), b_state, PRECISION)
         if vt == 0:
@@ -137,7 +133,7 @@ def state_scan(
     if HAS_OUTER:
         product = tl.full([], 0.0, tl.float32)
         if HAS_INITIAL:
-            b_c = load_state((fw_initial + o_state,), k0, v0, K, V, BK, BV).to(tl.float32)
+            b_c = load_state((fw_initial + o_state,), k0, v0, K, V, BK, BV, POINTERS).to(tl.float32)
             product = inner_product(b_state, b_c, BK * BV)
             if HAS_NORMS:
                 product += norm_product(b_norm, fw_norm_initial + head * K, o_k, vt, K, BK)

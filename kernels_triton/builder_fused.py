@@ -1,0 +1,90 @@
+"""The launches of the fused kernels, for many small heads."""
+
+from __future__ import annotations
+
+from .kernels import fused_backward, fused_forward
+from .launch import Launch, Spec
+from .launch_builder import GATES, NORMALISER, LaunchBuilder
+
+
+class FusedBuilder(LaunchBuilder):
+    """One launch for what otherwise takes a scan over chunks and a kernel of each chunk."""
+
+    def fused_forward(self, save: bool) -> Launch:
+        """h, the last state and, to save, the chunk-start states, for small heads."""
+        p, tile = self.p, self.config.fused
+        assert tile is not None
+        head = (p.B, p.H)
+        tokens, unit = self._tokens(tile, ("q", "q"), ("k", "k"), ("v", "v"))
+        return self._launch(
+            fused_forward,
+            {
+                **tokens,
+                **{name: name for name in (*GATES, "floor")},
+                "c_initial": "c_initial" if p.has_initial else None,
+                "n_initial": "n_initial" if p.has_initial else None,
+                "T": p.T,
+            },
+            {
+                "h": ("h", self._token_spec(p.V, p.dtype)),
+                "r": ("r", Spec(self.rows, "float32")),
+                "states": ("states", self.states_spec) if save else ("unused_states", Spec((1,), self.state_dtype)),
+                "norms": ("norms", self.norms_spec) if save else ("unused_norms", Spec((1,), "float32")),
+                "c_last": ("c_last", Spec((*head, p.K, p.V), "float32")),
+                "n_last": ("n_last", Spec((*head, p.K), "float32")),
+            },
+            self.heads,
+            tile,
+            "BK BV",
+            K=p.K,
+            V=p.V,
+            UNIT=unit,
+            SCALE=p.scale,
+            EPS=p.eps,
+            HAS_INITIAL=p.has_initial,
+            SAVE=save,
+            BTHD=p.layout == "bthd",
+            **self.arithmetic,
+        )
+
+    def fused_backward(self, has_dlast: bool) -> Launch:
+        """dq, dk, dv, the initial state's gradient, and what the gates' gradients need, for small heads."""
+        p, tile = self.p, self.config.fused
+        assert tile is not None
+        head = (p.B, p.H)
+        tokens, unit = self._tokens(tile, ("q", "q"), ("k", "k"), ("v", "v"), ("dh", "dh"))
+        last = ("dc_last", "dn_last", "c_last", "n_last")
+        return self._launch(
+            fused_backward,
+            {
+                **tokens,
+                **{name: name for name in ("c", "a", "alpha", "gamma", *NORMALISER)},
+                "states": self._states(tile, "states"),
+                "norms": "norms",
+                **{name: name if has_dlast else None for name in last},
+                **{name: name if p.has_initial else None for name in ("c_initial", "n_initial")},
+                "T": p.T,
+            },
+            {
+                "dq": ("dq", self._token_spec(p.K, p.dtype)),
+                "dk": ("dk", self._token_spec(p.K, p.dtype)),
+                "dv": ("dv", self._token_spec(p.V, p.dtype)),
+                "rows": ("row_sums", Spec((*head, 2, self.NT * self.L), "float32")),
+                "cols": ("col_sums", Spec((*head, 2, self.NT * self.L), "float32")),
+                "inner": ("inner", Spec((*head, 1, self.NT), "float32")),
+                "outer": ("outer", Spec((*head, 1, 2), "float32")),
+                "dc_initial": ("dc_initial", Spec((*head, p.K, p.V), "float32")),
+                "dn_initial": ("dn_initial", Spec((*head, p.K), "float32")),
+            },
+            self.heads,
+            tile,
+            "BK BV",
+            K=p.K,
+            V=p.V,
+            UNIT=unit,
+            SCALE=p.scale,
+            HAS_LAST=has_dlast,
+            HAS_INITIAL=p.has_initial,
+            BTHD=p.layout == "bthd",
+            **self.arithmetic,
+        )

@@ -1,0 +1,226 @@
+"""The recurrence over chunks and each chunk's outputs or gradients in one kernel, for small heads.
+
+The state stays in registers: nothing is read twice. Pays where a head's state is one tile and there are many heads.
+"""
+
+import triton
+import triton.language as tl
+
+from .chunk_forward import rows_forward
+from .common import (
+    POINTERS,
+    GIVEN,
+    contiguous_rows,
+    dot,
+    inner_product,
+    load_state,
+    load_tokens,
+    load_vector,
+    operand,
+    state_view,
+    store_state,
+    store_vector,
+    token_view,
+)
+from .keys_backward import keys_values_backward
+from .queries_backward import queries_backward
+
+
+@triton.jit
+def advance(b_state, b_norm, b_x, b_y, p_w, p_u, decay, L: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr):
+    """The state and n one chunk on: S <- decay S + sum_t w_t x_t y_t^T, n <- decay n + sum_t u_t x_t."""
+    o_t = tl.arange(0, L)
+    b_xt = tl.trans(b_x).to(tl.float32)
+    b_xw = operand(b_xt * tl.load(p_w + o_t)[None, :], BF16, PRECISION)
+    b_state = dot(b_xw, operand(b_y, BF16, PRECISION), b_state * decay, PRECISION)
+    b_norm = b_norm * decay + tl.sum(b_xt * tl.load(p_u + o_t)[None, :], 1)
+    return b_state, b_norm
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=["q_sb", "q_sh", "q_st", "k_sb", "k_sh", "k_st", "v_sb", "v_sh", "v_st", "T"],
+)
+def fused_forward(
+    q, q_sb, q_sh, q_st,  # (B, H, T, K) in units of UNIT elements
+    k, k_sb, k_sh, k_st,  # (B, H, T, K) likewise
+    v, v_sb, v_sh, v_st,  # (B, H, T, V) likewise
+    c,  # (B, H, 2, NT * L)
+    a,  # (B, H, 2, NT * L)
+    alpha,  # (B, H, NT * L)
+    beta,  # (B, H, NT * L)
+    gamma,  # (B, H, NT)
+    floor,  # (B, H, NT * L)
+    c_initial,  # (B, H, K, V) if HAS_INITIAL
+    n_initial,  # (B, H, K) likewise
+    T,
+    h,  # (B, H, T, V) or (B, T, H, V)
+    r,  # (B, H, NT * L) signed normaliser
+    states,  # (B, H, NT, K, V) if SAVE, else unused, one element
+    norms,  # (B, H, NT, K) likewise
+    c_last,  # (B, H, K, V)
+    n_last,  # (B, H, K)
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    L: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    UNIT: tl.constexpr,
+    SCALE: tl.constexpr,
+    EPS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    SAVE: tl.constexpr,
+    BTHD: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SOURCE: tl.constexpr,
+    BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program per head; BK and BV cover K and V."""
+    head = tl.program_id(0).to(tl.int64)
+    n_chunks = tl.cdiv(T, L)
+    padded = n_chunks.to(tl.int64) * L
+    o_k = tl.arange(0, BK)
+    b_state = tl.zeros([BK, BV], tl.float32)
+    b_norm = tl.zeros([BK], tl.float32)
+    if HAS_INITIAL:
+        b_state = load_state((c_initial + head * K * V,), 0, 0, K, V, BK, BV, POINTERS).to(tl.float32)
+        b_norm = load_vector(n_initial + head * K, o_k, K, BK).to(tl.float32)
+    if not SAVE:
+        if head == 0:
+            tl.store(states, 0.0)
+            tl.store(norms, 0.0)
+
+    for n in range(0, n_chunks):
+        t = n * L
+        o_chunk = head * n_chunks + n
+        o_row = head * padded + t
+        o_pair = head * 2 * padded + t
+        b_q = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
+        b_k = load_tokens(token_view(k, k_sb, k_sh, k_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
+        b_v = load_tokens(token_view(v, v_sb, v_sh, v_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, V, BV, SOURCE)
+        if SAVE:
+            store_state(states + o_chunk * K * V, b_state, 0, 0, K, V, BK, BV)
+            store_vector(norms + o_chunk * K, b_norm, o_k, K, BK)
+        o_h, h_row = contiguous_rows(head, t, T, H, V, BTHD)
+        rows_forward(
+            (b_q,), (b_k,), (b_v,), c + o_pair, a + o_pair, beta + o_row, floor + o_row, (b_state,), b_norm, h + o_h,
+            h_row, r + o_row, r, T - t, padded,
+            K, V, L, BK, BV, 1, SCALE, EPS, False, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
+        )  # fmt: skip
+        decay = tl.load(gamma + o_chunk)
+        b_state, b_norm = advance(
+            b_state, b_norm, b_k, b_v, alpha + o_row, alpha + o_row, decay, L, BF16, PRECISION
+        )  # fmt: skip
+    store_state(c_last + head * K * V, b_state, 0, 0, K, V, BK, BV)
+    store_vector(n_last + head * K, b_norm, o_k, K, BK)
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "q_sb", "q_sh", "q_st", "k_sb", "k_sh", "k_st", "v_sb", "v_sh", "v_st", "dh_sb", "dh_sh", "dh_st", "T",
+    ],
+)  # fmt: skip
+def fused_backward(
+    q, q_sb, q_sh, q_st,  # (B, H, T, K) in units of UNIT elements
+    k, k_sb, k_sh, k_st,  # (B, H, T, K) likewise
+    v, v_sb, v_sh, v_st,  # (B, H, T, V) likewise
+    dh, dh_sb, dh_sh, dh_st,  # (B, H, T, V) likewise
+    c,  # (B, H, 2, NT * L)
+    a,  # (B, H, 2, NT * L)
+    alpha,  # (B, H, NT * L)
+    gamma,  # (B, H, NT)
+    d_inverse,  # (B, H, NT * L)
+    delta,  # (B, H, NT * L)
+    state_inverse,  # (B, H, NT * L)
+    state_delta,  # (B, H, NT * L)
+    states,  # (B, H, NT, K, V)
+    norms,  # (B, H, NT, K)
+    dc_last,  # (B, H, K, V) if HAS_LAST
+    dn_last,  # (B, H, K) likewise
+    c_last,  # (B, H, K, V) likewise
+    n_last,  # (B, H, K) likewise
+    c_initial,  # (B, H, K, V) if HAS_INITIAL
+    n_initial,  # (B, H, K) likewise
+    T,
+    dq,  # (B, H, T, K) or (B, T, H, K)
+    dk,  # likewise
+    dv,  # (B, H, T, V) or (B, T, H, V)
+    rows,  # (B, H, 2, NT * L)
+    cols,  # (B, H, 2, NT * L)
+    inner,  # (B, H, 1, NT)
+    outer,  # (B, H, 1, 2)
+    dc_initial,  # (B, H, K, V)
+    dn_initial,  # (B, H, K)
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    L: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    UNIT: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_LAST: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    BTHD: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SOURCE: tl.constexpr,
+    BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program per head, from the last chunk to the first; BK and BV cover K and V."""
+    head = tl.program_id(0).to(tl.int64)
+    n_chunks = tl.cdiv(T, L)
+    padded = n_chunks.to(tl.int64) * L
+    o_k = tl.arange(0, BK)
+    o_state = head * K * V
+    b_state = tl.zeros([BK, BV], tl.float32)
+    b_norm = tl.zeros([BK], tl.float32)
+    product = tl.full([], 0.0, tl.float32)
+    if HAS_LAST:
+        b_state = load_state((dc_last + o_state,), 0, 0, K, V, BK, BV, POINTERS).to(tl.float32)
+        b_norm = load_vector(dn_last + head * K, o_k, K, BK).to(tl.float32)
+        b_c = load_state((c_last + o_state,), 0, 0, K, V, BK, BV, POINTERS)
+        product = inner_product(b_state, b_c, BK * BV) + tl.sum(b_norm * load_vector(n_last + head * K, o_k, K, BK), 0)
+    tl.store(outer + head * 2, product)
+
+    for step in range(0, n_chunks):
+        n = n_chunks - 1 - step
+        t = n * L
+        o_chunk = head * n_chunks + n
+        o_row = head * padded + t
+        o_pair = head * 2 * padded + t
+        b_q = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
+        b_k = load_tokens(token_view(k, k_sb, k_sh, k_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
+        b_v = load_tokens(token_view(v, v_sb, v_sh, v_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, V, BV, SOURCE)
+        b_dh = load_tokens(token_view(dh, dh_sb, dh_sh, dh_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, V, BV, SOURCE)
+        b_c = load_state(state_view(states, o_chunk, K, V, SOURCE), 0, 0, K, V, BK, BV, SOURCE)
+        o_dk, dk_row = contiguous_rows(head, t, T, H, K, BTHD)
+        o_dv, dv_row = contiguous_rows(head, t, T, H, V, BTHD)
+        queries_backward(
+            (b_q,), (b_k,), (b_v,), (b_dh,), (b_q,), c + o_pair, a + o_pair, d_inverse + o_row, delta + o_row,
+            state_inverse + o_row, state_delta + o_row, (b_c,), norms + o_chunk * K, dq + o_dk, dk_row, rows + o_pair,
+            T - t, 0, padded,
+            K, V, L, BK, BV, L, L, 0, SCALE, True, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
+        )  # fmt: skip
+        product = inner_product(b_state, b_c.to(tl.float32), BK * BV)
+        product += tl.sum(b_norm * load_vector(norms + o_chunk * K, o_k, K, BK), 0)
+        tl.store(inner + o_chunk, product)
+        keys_values_backward(
+            (b_q,), (b_k,), (b_v,), (b_dh,), (b_k,), c + o_pair, a + o_pair, alpha + o_row, d_inverse + o_row,
+            delta + o_row, (b_state,), b_norm, dk + o_dk, dk_row, dv + o_dv, dv_row, cols + o_pair, T - t, 0, padded,
+            K, V, L, BK, BV, L, L, 0, SCALE, True, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
+        )  # fmt: skip
+        decay = tl.load(gamma + o_chunk)
+        b_state, b_norm = advance(
+            b_state, b_norm, b_q, b_dh, state_inverse + o_row, state_delta + o_row, decay, L, BF16, PRECISION
+        )
+
+    store_state(dc_initial + o_state, b_state, 0, 0, K, V, BK, BV)
+    store_vector(dn_initial + head * K, b_norm, o_k, K, BK)
+    product = tl.full([], 0.0, tl.float32)
+    if HAS_INITIAL:
+        b_c = load_state((c_initial + o_state,), 0, 0, K, V, BK, BV, POINTERS)
+        product = inner_product(b_state, b_c, BK * BV)
+        product += tl.sum(b_norm * load_vector(n_initial + head * K, o_k, K, BK), 0)
+    tl.store(outer + head * 2 + 1, product)

@@ -1,0 +1,112 @@
+"""What the launches of one problem have in common: strides, descriptors, specs and constexprs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .config import Config, Tile, configure
+from .launch import Descriptor, Launch, Operand, Spec
+from .problem import Problem, Strides
+
+# Buffers that the gates' kernel makes and most others read.
+GATES = ("c", "a", "alpha", "beta", "gamma")
+# And those that the normaliser's kernel makes, backward.
+NORMALISER = ("d_inverse", "delta", "state_inverse", "state_delta")
+
+
+def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up."""
+    return -(-x // y)
+
+
+class LaunchBuilder:
+    """The facts of one problem that its launches share."""
+
+    def __init__(self, problem: Problem, config: Config | None = None):
+        self.p = problem
+        self.config = config or configure(problem)
+        self.heads = problem.B * problem.H
+        self.L = self.config.L
+        self.NT = cdiv(problem.T, self.L)
+        self.rows = (problem.B, problem.H, self.NT * self.L)
+        self.strides: dict[str, Strides] = dict(problem.strides)
+        self.state_dtype = "bfloat16" if problem.dtype == "bfloat16" else "float32"
+        # float16 has tf32's mantissa, so its weighted products lose nothing in tf32.
+        self.descriptors = problem.descriptors
+        self.precision = "tf32" if problem.dtype == "float16" else problem.precision
+
+    @property
+    def states_spec(self) -> Spec:
+        """C at each chunk's start, or the cotangents of the state after each chunk."""
+        return Spec((self.p.B, self.p.H, self.NT, self.p.K, self.p.V), self.state_dtype)
+
+    @property
+    def norms_spec(self) -> Spec:
+        """n alike."""
+        return Spec((self.p.B, self.p.H, self.NT, self.p.K), "float32")
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        """The constexprs of kernels that multiply tiles."""
+        return {
+            "PAIRS": self.p.dtype == "float32",
+            "SOURCE": int(self.descriptors),
+            "BF16": self.p.dtype == "bfloat16",
+            "PRECISION": self.precision,
+        }
+
+    def _tokens(self, tile: Tile, *tensors: tuple[str, str]) -> tuple[dict[str, Operand], int]:
+        """Parameters `x, x_sb, x_sh, x_st` of (parameter, buffer) pairs; strides in units that keep loads aligned."""
+        p = self.p
+        used = [s for _, buffer in tensors for s in self.strides[buffer]]
+        unit = math.gcd(16, *used) or 16
+        parameters: dict[str, Operand] = {}
+        for name, buffer in tensors:
+            D, block = (p.K, tile.BK) if buffer in ("q", "k") else (p.V, tile.BV)
+            strides = self.strides[buffer]
+            parameters[name] = buffer
+            if self.descriptors:
+                # A stride of an axis of size 1 may be anything but must be aligned.
+                steps = tuple(s or D for s in strides)
+                parameters[name] = Descriptor(
+                    buffer, (p.B, p.H, p.T, D), (*steps, 1), (1, 1, min(tile.BT, self.L), block)
+                )
+            for axis, stride in zip("bht", strides, strict=True):
+                parameters[f"{name}_s{axis}"] = stride // unit
+        return parameters, unit
+
+    def _states(self, tile: Tile, buffer: str) -> Operand:
+        p = self.p
+        if not self.descriptors:
+            return buffer
+        shape = (self.heads * self.NT, p.K, p.V)
+        return Descriptor(buffer, shape, (p.K * p.V, p.V, 1), (1, tile.BK, tile.BV))
+
+    def _launch(
+        self,
+        kernel: Any,
+        operands: Mapping[str, Operand | None],
+        outputs: dict[str, tuple[str, Spec]],
+        programs: int,
+        tile: Tile,
+        blocks: str = "",
+        **constexprs: Any,
+    ) -> Launch:
+        # An absent operand is filled with a present one: a kernel behind its flag never reads it.
+        present = next(x for x in operands.values() if isinstance(x, str))
+        return Launch(
+            kernel=kernel,
+            operands={name: present if x is None else x for name, x in operands.items()},
+            outputs=outputs,
+            grid=programs,
+            constexprs={"H": self.p.H, "L": self.L, **{b: getattr(tile, b) for b in blocks.split()}, **constexprs},
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+    def _token_spec(self, dim: int | None, dtype: str) -> Spec:
+        p = self.p
+        tokens = (p.B, p.T, p.H) if p.layout == "bthd" else (p.B, p.H, p.T)
+        return Spec(tokens if dim is None else (*tokens, dim), dtype)
