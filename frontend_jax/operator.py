@@ -54,19 +54,27 @@ class _Static:
     return_last_states: bool
 
 
+def _outputs(static: _Static, results: Arrays) -> Any:
+    from kernels_triton import plan
+
+    last = tuple(results[name] for name in plan.LAST)
+    return (results["h"], last) if static.return_last_states else results["h"]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunkwise(static: _Static, arrays: Arrays) -> Any:
+    from kernels_triton import plan
+
+    return _outputs(static, run(plan.forward_pass(static.problem, False), arrays, static.backend))
+
+
 def _forward(static: _Static, arrays: Arrays) -> tuple[Any, Arrays]:
     from kernels_triton import plan
 
     results = run(plan.forward_pass(static.problem), arrays, static.backend)
     saved = {name: x for name, x in arrays.items() if name not in ("i", "m_initial")}
-    saved.update((name, results[name]) for name in plan.SAVED)
-    last = tuple(results[name] for name in plan.LAST)
-    return ((results["h"], last) if static.return_last_states else results["h"]), saved
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunkwise(static: _Static, arrays: Arrays) -> Any:
-    return _forward(static, arrays)[0]
+    saved.update((name, results[name]) for name in plan.SAVED if name in results)
+    return _outputs(static, results), saved
 
 
 def _backward(static: _Static, saved: Arrays, cotangents: Any) -> tuple[Arrays]:
@@ -128,6 +136,7 @@ def mlstm_chunkwise(
     normalizer_grad: Literal["exact", "detached"] = "exact",
     layout: Literal["bhtd", "bthd"] = "bhtd",
     precision: Literal["ieee", "tf32x3", "tf32"] = "ieee",
+    save_states: bool = True,
     backend: Literal["triton", "interpret", "reference", "auto"] = "auto",
 ) -> Float[Array, "B _ _ V"] | tuple[Float[Array, "B _ _ V"], States]:
     """The mLSTM over a whole sequence, chunk by chunk, differentiable in all eight arrays.
@@ -152,6 +161,8 @@ def mlstm_chunkwise(
             (right only if a scale-invariant norm follows h).
         layout: axis order of q, k, v, i, f and h. Both are read in place.
         precision: of products of float32 inputs: "ieee", "tf32x3" or "tf32".
+        save_states: keep the chunks' states for the backward pass; False: compute them again there, which takes less
+            memory and more time. Same gradients.
         backend: "triton" (CUDA or ROCm device), "interpret" (the same kernels on a CPU under TRITON_INTERPRET=1, slow),
             "reference" (native operations, any device), "auto" (triton on a GPU, else reference).
 
@@ -173,6 +184,7 @@ def mlstm_chunkwise(
         layout=layout,
         precision=precision,
         backend=backend,
+        save_states=save_states,
     )
     static = _Static(problem, choose_backend(backend, platform_of(q)), return_last_states)
     arrays = varying({name: jnp.asarray(x) for name, x in given.items() if x is not None})

@@ -66,11 +66,13 @@ class _Chunkwise(torch.autograd.Function):
     """The kernels' two passes. Tensors are (B, H, T, ...) or (B, T, H, ...) as the problem's layout says."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, backend: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, problem: Problem, backend: str, save: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         from kernels_triton import plan
 
         env = {name: x for name, x in zip(NAMES, tensors, strict=True) if x is not None}
-        results = run(plan.forward_pass(problem), env, backend)
+        results = run(plan.forward_pass(problem, save), env, backend)
+        if not save:
+            return tuple(results[name] for name in ("h", *plan.LAST))
         saved = {**{name: x for name, x in env.items() if name not in ("i", "m_initial")}, **results}
         saved.pop("m_last")
         ctx.problem, ctx.backend, ctx.names = problem, backend, tuple(saved)
@@ -100,7 +102,7 @@ class _Chunkwise(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: a constant cotangent must not make the gradients look constant
             anchors = [x for x in env.values() if x.requires_grad]
             results = dict(zip(results, _FirstOnly.apply(len(anchors), *anchors, *results.values()), strict=True))
-        return (None, None, *(results.get(f"d{name}") for name in NAMES))
+        return (None, None, None, *(results.get(f"d{name}") for name in NAMES))
 
 
 def _descriptors(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...]) -> bool:
@@ -160,7 +162,8 @@ def _kernels(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...])
         layout=layout,
         descriptors=_descriptors(problem, backend, tensors),
     )
-    h, c, n, m = _Chunkwise.apply(problem, backend, *tensors)
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)
+    h, c, n, m = _Chunkwise.apply(problem, backend, save, *tensors)
     return (h.transpose(1, 2) if transposed else h), (c, n, m)
 
 
@@ -181,6 +184,7 @@ def mlstm_chunkwise(
     normalizer_grad: Literal["exact", "detached"] = "exact",
     layout: Literal["bhtd", "bthd"] = "bhtd",
     precision: Literal["ieee", "tf32x3", "tf32"] = "ieee",
+    save_states: bool = True,
     backend: Literal["triton", "interpret", "reference", "auto"] = "auto",
 ) -> Float[Tensor, "B _ _ V"] | tuple[Float[Tensor, "B _ _ V"], States]:
     """The mLSTM over a whole sequence, chunk by chunk, differentiable in all eight arrays.
@@ -205,6 +209,8 @@ def mlstm_chunkwise(
             (right only if a scale-invariant norm follows h).
         layout: axis order of q, k, v, i, f and h. Both are read in place.
         precision: of products of float32 inputs: "ieee", "tf32x3" or "tf32".
+        save_states: keep the chunks' states for the backward pass; False: compute them again there, which takes less
+            memory and more time. Same gradients.
         backend: "triton" (CUDA or ROCm device), "interpret" (the same kernels on a CPU under TRITON_INTERPRET=1, slow),
             "reference" (native operations, any device), "auto" (triton on a GPU, else reference).
 
@@ -224,6 +230,7 @@ def mlstm_chunkwise(
         layout=layout,
         precision=precision,
         backend=backend,
+        save_states=save_states,
     )
     backend_used = choose_backend(backend, platform_of(q))
     if m_initial is not None:

@@ -6,12 +6,13 @@ import math
 from typing import Any
 
 from .builder_fused import FusedBuilder
-from .config import Tile
+from .config import MANY_HEADS, Tile
 from .kernels import (
     chunk_backward,
     chunk_forward,
     gates_backward,
     gates_forward,
+    gates_sums,
     normaliser_backward,
     state_scan,
 )
@@ -22,6 +23,31 @@ from .launch_builder import NORMALISER, cdiv
 class Builder(FusedBuilder):
     """The launches of one problem."""
 
+    def _gate(self, name: str, buffer: str | None) -> dict[str, str | int | None]:
+        sb, sh, st = self.strides[buffer] if buffer else (0, 0, 0)
+        return {name: buffer, f"{name}_sb": sb, f"{name}_sh": sh, f"{name}_st": st}
+
+    @property
+    def split_gates(self) -> bool:
+        """Few heads, and more chunks than one program takes at a time: the gates take two launches then."""
+        return self.heads < MANY_HEADS // 2 and self.NT > self.G
+
+    def gates_sums(self) -> Launch:
+        """Prefix sums inside the chunks."""
+        head = (self.p.B, self.p.H)
+        return self._launch(
+            gates_sums,
+            {**self._gate("i", "i"), **self._gate("f", "f"), "T": self.p.T},
+            {
+                "sums": ("sums", Spec((*head, 2, self.NT * self.L), "float32")),
+                "totals": ("totals", Spec((*head, 4, self.NT), "float32")),
+                "tokens": ("tokens", Spec((*head, self.NT), "int32")),
+            },
+            self.heads * cdiv(self.NT, self.G),
+            Tile(0, 0, 0, 0, 1, num_warps=4, num_stages=1),
+            G=self.G,
+        )
+
     def gates(
         self,
         i: str | None = "i",
@@ -29,23 +55,23 @@ class Builder(FusedBuilder):
         f_is_log: bool = False,
         m_token: str | None = None,
         m_chunk: str | None = None,
+        split: bool = False,
     ) -> Launch:
-        """Stabilisers and decays. `m_token`, `m_chunk`: given stabilisers, in place of those computed from i and f."""
+        """Stabilisers and decays. `m_token`, `m_chunk`: given stabilisers, in place of those computed from i and f.
+
+        split: after `gates_sums`.
+        """
         p = self.p
-
-        def gate(name: str, buffer: str | None) -> dict[str, str | int | None]:
-            sb, sh, st = self.strides[buffer] if buffer else (0, 0, 0)
-            return {name: buffer, f"{name}_sb": sb, f"{name}_sh": sh, f"{name}_st": st}
-
         head = (p.B, p.H)
         return self._launch(
             gates_forward,
             {
-                **gate("i", i),
-                **gate("f", f),
+                **self._gate("i", i),
+                **self._gate("f", f),
                 "m_initial": "m_initial" if p.has_initial else None,
                 "m_token": m_token,
                 "m_chunk_given": m_chunk,
+                **{name: name if split else None for name in ("sums", "totals", "tokens")},
                 "T": p.T,
             },
             {
@@ -60,13 +86,14 @@ class Builder(FusedBuilder):
                 "m_last": ("m_last", Spec(head, "float32")),
                 "picked": ("picked", Spec(head, "int32")),
             },
-            self.heads,
+            self.heads * (cdiv(self.NT, self.G) if split else 1),
             Tile(0, 0, 0, 0, 1, num_warps=4, num_stages=1),
-            G=max(1, min(32, self.config.gates // self.L)),
+            G=self.G,
             HAS_INITIAL=p.has_initial,
             HAS_I=i is not None,
             F_IS_LOG=f_is_log,
             M_GIVEN=m_token is not None,
+            SPLIT=split,
         )
 
     def _scan(self, backward: bool, operands: dict[str, Any], outputs: dict[str, Any], **flags: Any) -> Launch:

@@ -30,6 +30,7 @@ class LaunchBuilder:
         self.heads = problem.B * problem.H
         self.L = self.config.L
         self.NT = cdiv(problem.T, self.L)
+        self.G = max(1, min(32, self.config.gates // self.L))  # chunks that the gates' kernels take at a time
         self.rows = (problem.B, problem.H, self.NT * self.L)
         self.strides: dict[str, Strides] = dict(problem.strides)
         self.state_dtype = "bfloat16" if problem.dtype == "bfloat16" else "float32"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from .builder import Builder
-from .launch import Launch, Pass
+from .launch import Pass
 from .launch_builder import GATES
 from .problem import Problem, Strides, contiguous_strides
 
@@ -26,12 +26,11 @@ def forward_pass(problem: Problem, save: bool = True) -> Pass:
     b = Builder(problem)
     inputs = ("q", "k", "v", "i", "f", *(INITIAL if problem.has_initial else ()))
     keep_states = save and problem.save_states
-    if b.config.fused:
-        launches: tuple[Launch, ...] = (b.gates(), b.fused_forward(keep_states))
-    else:
-        launches = (b.gates(), b.state_forward(), b.outputs())
+    launches = [b.gates_sums()] if b.split_gates else []
+    launches.append(b.gates(split=b.split_gates))
+    launches += [b.fused_forward(keep_states)] if b.config.fused else [b.state_forward(), b.outputs()]
     results = tuple(x for x in SAVED if keep_states or x not in STATES) if save else ("h", *LAST[:2])
-    return Pass(launches, inputs, (*results, "m_last"))
+    return Pass(tuple(launches), inputs, (*results, "m_last"))
 
 
 @functools.lru_cache(maxsize=1024)

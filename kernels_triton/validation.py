@@ -80,6 +80,7 @@ def check_call(
     layout: str,
     precision: str,
     backend: str,
+    save_states: bool = True,
     strides: Mapping[str, Strides] | None = None,
 ) -> Problem:
     """The problem that valid arguments describe.
@@ -94,6 +95,8 @@ def check_call(
     one_of("precision", precision, PRECISIONS)
     one_of("backend", backend, BACKENDS)
     check_chunk_size(chunk_size)
+    if not isinstance(save_states, bool):
+        raise TypeError(f"save_states: expected a bool, got {type(save_states).__name__}")
     eps = _number("eps", eps, minimum=0.0)
 
     infos = {name: info for name, info in arrays.items() if info is not None}
@@ -166,4 +169,5 @@ def check_call(
         normalizer_grad=normalizer_grad,
         precision=precision,
         has_initial=bool(given),
+        save_states=save_states,
     )

@@ -69,19 +69,20 @@ def measure(jobs: list[Job], settings: Settings, report: Report) -> None:
 
     import torch
 
-    from . import bench_measure
+    from . import bench_measure, bench_probe
 
     if settings.device == "cpu":
         torch.set_num_threads(1)  # a trial: busy neighbours would stall threads that wait for each other
     dtypes = list(dict.fromkeys(job.dtype for job in jobs))
     rates = bench_measure.ceilings(dtypes, settings.device)
     report.ceilings.update(dataclasses.asdict(rates))
+    dead = bench_probe.probe_all(jobs) if settings.device == "cuda" else {}
     counted = []
     gc.freeze()  # what the imports made need not be searched after every job
     with tqdm(total=len(jobs), desc="bench", unit="job", disable=None) as bar:
         for job in jobs:
             bar.set_postfix_str(f"{job.shape.name} {job.dtype.name} {job.pass_}")
-            entries = bench_measure.run_job(job, settings)
+            entries = bench_measure.run_job(job, settings, dead)
             report.rows += bench_measure.rows_of(job, entries, rates, report.rows)
             if settings.device == "cuda" and job.shape.count_launches and job.pass_ != "bw":
                 counted.append((job, entries))

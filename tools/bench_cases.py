@@ -163,8 +163,10 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         tables=("shapes",),
         small=True,
     ),
-    _peer("limit_chunk 64", LIMIT_CHUNK, chunk_size=64),
+    # limit_chunk takes gates in the dtype of q alone; xl_chunk compiled for half gates aborts Triton 3.6.
+    _peer("limit_chunk 64", LIMIT_CHUNK, chunk_size=64, half_gates=True),
     _peer("xl_chunk 128", XL_CHUNK, chunk_size=128),
+    _peer("xl_chunk 128, states kept", XL_CHUNK, chunk_size=128, recompute_states_in_bw=False),
     _peer("xl_chunk 256", XL_CHUNK, NOT_SCALING, chunk_size=256),
     _peer("xl_chunk_siging 128", SIGING, ("shapes",), "sigmoid input gate", chunk_size=128),
     Implementation(

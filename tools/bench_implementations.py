@@ -43,13 +43,15 @@ class Runner(Protocol):
 
 
 def make_inputs(shape: Shape, dtype: Dtype, device: str, seed: int) -> Inputs:
-    """One set of inputs and the cotangent of h. Gates have the dtype of q, as peers require."""
+    """One set of inputs and the cotangent of h. Gates are float32, as models compute them."""
     generator = torch.Generator(device).manual_seed(seed)
     B, H, T, K, V = shape.sizes
     tails = {"q": (K,), "k": (K,), "v": (V,), "i": (), "f": (), "dh": (V,)}
     kind = getattr(torch, dtype.dtype)
     inputs = {
-        name: torch.randn((B, H, T, *tail), generator=generator, device=device, dtype=kind)
+        name: torch.randn((B, H, T, *tail), generator=generator, device=device).to(
+            kind if tail or name == "dh" else torch.float32
+        )
         for name, tail in tails.items()
     }
     inputs["f"] += 3.0  # forget gates of trained models are mostly open
@@ -230,8 +232,14 @@ def _reference_torch(x: Implementation, shape: Shape, dtype: Dtype, pass_: str) 
 def _mlstm_kernels(x: Implementation, shape: Shape, dtype: Dtype, pass_: str) -> Runner:
     module, _, name = x.options["target"].partition(":")
     function = getattr(importlib.import_module(module), name)
-    options = {"autocast_kernel_dtype": getattr(torch, dtype.dtype), "chunk_size": x.options["chunk_size"]}
-    return TorchRunner(functools.partial(function, **options), pass_)
+    options = {name: value for name, value in x.options.items() if name not in ("target", "half_gates")}
+    options["autocast_kernel_dtype"] = getattr(torch, dtype.dtype)
+
+    def half_gates(inputs: Inputs) -> list[Tensor]:
+        return _as_given({**inputs, **{name: inputs[name].to(inputs["q"].dtype) for name in ("i", "f")}})
+
+    adapt = half_gates if x.options.get("half_gates") else _as_given
+    return TorchRunner(functools.partial(function, **options), pass_, adapt)
 
 
 def _fla(x: Implementation, shape: Shape, dtype: Dtype, pass_: str) -> Runner:

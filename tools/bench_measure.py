@@ -13,13 +13,14 @@ import gc
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from . import bench_implementations as implementations
+from . import bench_probe
 from .bench_cases import Dtype, Implementation, Job, Shape
 from .bench_floors import bytes_moved, floor, flops
 from .bench_implementations import Inputs, NotAvailable, Runner
@@ -182,14 +183,18 @@ def failures_in(entry: Entry) -> Iterator[None]:
         entry.status, entry.note, entry.runner = "failed", one_line(error), None
 
 
-def run_job(job: Job, settings: Settings) -> list[Entry]:
-    """All implementations of a job, interleaved."""
+def run_job(job: Job, settings: Settings, dead: Mapping[bench_probe.Key, str]) -> list[Entry]:
+    """All implementations of a job, interleaved. dead: those that no process survives, with the reason."""
     set_precision(job.dtype)
     entries = [Entry(x) for x in job.implementations]
     sets = make_sets(job.shape, job.dtype, settings.device)
     for entry in entries:
         if job.pass_ == "bw" and entry.implementation.kind.endswith("jax"):
             entry.status, entry.note = "derived", JAX_ROW
+            continue
+        reason = dead.get(bench_probe.key(entry.implementation, job))
+        if reason:
+            entry.status, entry.note = "failed", reason
             continue
         with failures_in(entry):
             warm_up(entry, job, sets, settings)

@@ -3,7 +3,8 @@
 from .chunk_backward import chunk_backward
 from .chunk_forward import chunk_forward
 from .fused import fused_backward, fused_forward
-from .gates import gates_backward, gates_forward
+from .gates import gates_forward, gates_sums
+from .gates_backward import gates_backward
 from .normaliser import normaliser_backward
 from .state import state_scan
 
@@ -14,6 +15,7 @@ __all__ = [
     "fused_forward",
     "gates_backward",
     "gates_forward",
+    "gates_sums",
     "normaliser_backward",
     "state_scan",
 ]

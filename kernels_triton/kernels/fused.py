@@ -8,8 +8,8 @@ import triton.language as tl
 
 from .chunk_forward import rows_forward
 from .common import (
-    POINTERS,
     GIVEN,
+    POINTERS,
     contiguous_rows,
     dot,
     inner_product,

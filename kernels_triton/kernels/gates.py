@@ -1,9 +1,9 @@
-"""The gates' kernels: all that depends on i and f alone, before any matrix product, and their gradients after all."""
+"""The gates' kernels forward: all that depends on i and f alone, before any matrix product."""
 
 import triton
 import triton.language as tl
 
-from .common import LOG2E, NEG_INF, cast, store_pair
+from .common import LOG2E, NEG_INF, load_pair, store_pair
 
 # A closed forget gate below this cannot be told from -inf in any state; finite, so that prefix sums stay finite.
 LOG_FORGET_MIN = tl.constexpr(-1e6)
@@ -40,6 +40,79 @@ def _log_forget(x, IS_LOG: tl.constexpr):
     return tl.where(y < LOG_FORGET_MIN, LOG_FORGET_MIN, y)
 
 
+@triton.jit
+def _chunk_sums(
+    i, i_sb, i_sh, i_st, f, f_sb, f_sh, f_st, head, t, m_t,
+    H: tl.constexpr,
+    L: tl.constexpr,
+    HAS_I: tl.constexpr,
+    F_IS_LOG: tl.constexpr,
+):  # fmt: skip
+    """Of some chunks' tokens t, in float64: prefix sums b of log f, i - b, b's total, the largest i - b, its token."""
+    p_i = i + (head // H) * i_sb + (head % H) * i_sh
+    p_f = f + (head // H) * f_sb + (head % H) * f_sh
+    if HAS_I:
+        b_i = tl.load(p_i + t.to(tl.int64) * i_st, mask=m_t, other=NEG_INF).to(tl.float64)
+    else:
+        b_i = tl.where(m_t, 0.0, NEG_INF).to(tl.float64)
+    b_f = tl.load(p_f + t.to(tl.int64) * f_st, mask=m_t, other=0.0).to(tl.float64)
+    b_logf = tl.where(m_t, _log_forget(b_f, F_IS_LOG), 0.0)  # beyond T: remembers all, adds nothing
+    b_sum = tl.cumsum(b_logf, 1)
+    total = tl.sum(tl.where(tl.arange(0, L)[None, :] == L - 1, b_sum, 0.0), 1)
+    b_c = b_i - b_sum
+    largest = tl.max(b_c, 1)
+    token = tl.min(tl.where(b_c == largest[:, None], t, NO_TOKEN), 1)
+    return b_sum, b_c, total, largest, token
+
+
+@triton.jit
+def _advance(carry, pick, n, total, largest, token, G: tl.constexpr):
+    """The stabilisers at the starts of G chunks n, the one after them, and the token that gave it."""
+    totals, best = tl.associative_scan((total, largest + total), 0, _then)
+    after = tl.maximum(carry + totals, best)
+    begin = _previous(after, carry, G)
+    last = tl.max(tl.where(largest > begin, n, -1), 0)
+    pick = tl.where(last >= 0, tl.max(tl.where(n == last, token, -1), 0), pick)
+    return begin, tl.max(tl.where(tl.arange(0, G) == G - 1, after, NEG_INF), 0), pick
+
+
+@triton.jit
+def _float64(pair):
+    return pair[0].to(tl.float64) + pair[1].to(tl.float64)
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=["i_sb", "i_sh", "i_st", "f_sb", "f_sh", "f_st", "T"],
+)
+def gates_sums(
+    i, i_sb, i_sh, i_st,  # (B, H, T) input gate pre-activations
+    f, f_sb, f_sh, f_st,  # (B, H, T) forget gate pre-activations
+    T,
+    sums,  # (B, H, 2, NT * L) pair: prefix sum of log f inside the chunk
+    totals,  # (B, H, 4, NT) pairs: its total; the largest i - b
+    tokens,  # (B, H, NT) int32: the token of the latter
+    H: tl.constexpr,
+    L: tl.constexpr,
+    G: tl.constexpr,
+):  # fmt: skip
+    """One program per head and G chunks: what costs time in float64, where one program per head would be too few."""
+    n_chunks = tl.cdiv(T, L)
+    n_groups = tl.cdiv(n_chunks, G)
+    padded = n_chunks.to(tl.int64) * L
+    pid = tl.program_id(0).to(tl.int64)
+    head = pid // n_groups
+    n = (pid % n_groups).to(tl.int32) * G + tl.arange(0, G)
+    m_n = n < n_chunks
+    t = n[:, None] * L + tl.arange(0, L)[None, :]
+    b_sum, b_c, total, largest, token = _chunk_sums(
+        i, i_sb, i_sh, i_st, f, f_sb, f_sh, f_st, head, t, t < T, H, L, True, False
+    )
+    store_pair(sums, head * 2 * padded + t, padded, b_sum, m_n[:, None] & (t >= 0))
+    store_pair(totals, head * 4 * n_chunks + n, n_chunks, total, m_n)
+    store_pair(totals, head * 4 * n_chunks + 2 * n_chunks + n, n_chunks, largest, m_n)
+    tl.store(tokens + head * n_chunks + n, token, mask=m_n)
+
+
 @triton.jit(
     do_not_specialize_on_alignment=["i_sb", "i_sh", "i_st", "f_sb", "f_sh", "f_st", "T"],
 )
@@ -49,6 +122,9 @@ def gates_forward(
     m_initial,  # (B, H) if HAS_INITIAL
     m_token,  # (B, H, T) stabilisers to use if M_GIVEN, else computed
     m_chunk_given,  # (B, H, NT + 1) likewise, at chunk boundaries
+    sums,  # (B, H, 2, NT * L) if SPLIT
+    totals,  # (B, H, 4, NT) if SPLIT
+    tokens,  # (B, H, NT) if SPLIT
     T,
     c,  # (B, H, 2, NT * L) pair: i - b in log2 units, b the prefix sum of log f inside the chunk; less a_L
     a,  # (B, H, 2, NT * L) pair: m - b, likewise
@@ -67,20 +143,29 @@ def gates_forward(
     HAS_I: tl.constexpr,
     F_IS_LOG: tl.constexpr,
     M_GIVEN: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One program per head, G chunks at a time.
+    """One program per head, G chunks at a time; if SPLIT, one per head and G chunks, after `gates_sums`.
 
     D_ij = 2**(c_j - a_i), alpha_j = 2**(c_j - a_L), beta_i = 2**(M - a_i), gamma = 2**(M - a_L), M the stabiliser of
     the state at the chunk's start. a_L, the chunk's largest a, is subtracted from all.
     """
-    head = tl.program_id(0).to(tl.int64)
-    o_n = tl.arange(0, G)
-    o_t = tl.arange(0, L)[None, :]
     n_chunks = tl.cdiv(T, L)
     padded = n_chunks.to(tl.int64) * L
-    p_i = i + (head // H) * i_sb + (head % H) * i_sh
-    p_f = f + (head // H) * f_sb + (head % H) * f_sh
+    pid = tl.program_id(0).to(tl.int64)
+    o_n = tl.arange(0, G)
+    o_t = tl.arange(0, L)[None, :]
+    if SPLIT:
+        n_groups = tl.cdiv(n_chunks, G)
+        head = pid // n_groups
+        first = (pid % n_groups).to(tl.int32) * G
+        stop = tl.minimum(first + G, n_chunks)
+    else:
+        head = pid
+        first = 0
+        stop = n_chunks
     chunk_row = head * (n_chunks + 1)
+    p_totals = totals + head * 4 * n_chunks
 
     if HAS_INITIAL:
         carry = tl.load(m_initial + head).to(tl.float64)
@@ -89,38 +174,45 @@ def gates_forward(
     if M_GIVEN:
         carry = tl.load(m_chunk_given + chunk_row).to(tl.float64)
     pick = tl.full([], -1, tl.int32)
-    tl.store(m_chunk + chunk_row, carry.to(tl.float32))
+    if first == 0:
+        tl.store(m_chunk + chunk_row, carry.to(tl.float32))
+    if SPLIT:
+        for n0 in range(0, first, G):
+            n = n0 + o_n
+            total = _float64(load_pair(p_totals, n, n_chunks))
+            largest = _float64(load_pair(p_totals + 2 * n_chunks, n, n_chunks))
+            token = tl.load(tokens + head * n_chunks + n)
+            _, carry, pick = _advance(carry, pick, n, total, largest, token, G)
 
-    for n0 in range(0, n_chunks, G):
+    for n0 in range(first, stop, G):
         n = n0 + o_n
         m_n = n < n_chunks
         t = n[:, None] * L + o_t
         m_t = t < T
-        if HAS_I:
-            b_i = tl.load(p_i + t.to(tl.int64) * i_st, mask=m_t, other=NEG_INF).to(tl.float64)
+        if SPLIT:
+            m_sum = m_n[:, None] & (o_t < L)
+            o_sum = tl.where(m_sum, t, 0)
+            b_sum = _float64(load_pair(sums + head * 2 * padded, o_sum, padded))
+            p_i = i + (head // H) * i_sb + (head % H) * i_sh
+            b_c = tl.load(p_i + t.to(tl.int64) * i_st, mask=m_t, other=NEG_INF).to(tl.float64) - b_sum
+            o_total = tl.minimum(n, n_chunks - 1)
+            total = tl.where(m_n, _float64(load_pair(p_totals, o_total, n_chunks)), 0.0)
+            largest = tl.where(m_n, _float64(load_pair(p_totals + 2 * n_chunks, o_total, n_chunks)), NEG_INF)
+            token = tl.load(tokens + head * n_chunks + o_total)
         else:
-            b_i = tl.where(m_t, 0.0, NEG_INF).to(tl.float64)
-        b_f = tl.load(p_f + t.to(tl.int64) * f_st, mask=m_t, other=0.0).to(tl.float64)
-        b_logf = tl.where(m_t, _log_forget(b_f, F_IS_LOG), 0.0)  # beyond T: remembers all, adds nothing
-        b_sum = tl.cumsum(b_logf, 1)
-        total = tl.sum(tl.where(o_t == L - 1, b_sum, 0.0), 1)
-        b_c = b_i - b_sum
-        largest = tl.max(b_c, 1)
+            b_sum, b_c, total, largest, token = _chunk_sums(
+                i, i_sb, i_sh, i_st, f, f_sb, f_sh, f_st, head, t, m_t, H, L, HAS_I, F_IS_LOG
+            )
+        begin, carry, pick = _advance(carry, pick, n, total, largest, token, G)
         if M_GIVEN:
             begin = tl.load(m_chunk_given + chunk_row + n, mask=m_n, other=0.0).to(tl.float64)
             end = tl.load(m_chunk_given + chunk_row + n + 1, mask=m_n, other=0.0).to(tl.float64) - total
             b_m = tl.load(m_token + head * T + t, mask=m_t, other=0.0).to(tl.float64)
             b_a = tl.where(m_t, b_m - b_sum, end[:, None])
         else:
-            totals, best = tl.associative_scan((total, largest + total), 0, _then)
-            after = tl.maximum(carry + totals, best)
-            begin = _previous(after, carry, G)
             b_a = tl.maximum(tl.associative_scan(b_c, 1, _maximum), begin[:, None])
             end = tl.maximum(largest, begin)
             b_m = b_a + b_sum
-        token = tl.min(tl.where(b_c == largest[:, None], t, NO_TOKEN), 1)
-        last = tl.max(tl.where(largest > begin, n, -1), 0)
-        pick = tl.where(last >= 0, tl.max(tl.where(n == last, token, -1), 0), pick)
 
         m_row = m_n[:, None] & (o_t < L)
         o_row = head * 2 * padded + t
@@ -134,91 +226,8 @@ def gates_forward(
         tl.store(gamma + head * n_chunks + n, tl.exp2(((begin - origin) * LOG2E).to(tl.float32)), mask=m_n)
         tl.store(floor + head * padded + t, tl.exp(-b_m).to(tl.float32), mask=m_row)
         tl.store(m + head * T + t, b_m.to(tl.float32), mask=m_t)
-        after = end + total
-        tl.store(m_chunk + chunk_row + n + 1, after.to(tl.float32), mask=m_n)
-        carry = tl.max(tl.where(o_n == G - 1, after, NEG_INF), 0)
+        tl.store(m_chunk + chunk_row + n + 1, (end + total).to(tl.float32), mask=m_n)
 
-    tl.store(m_last + head, carry.to(tl.float32))
-    tl.store(picked + head, pick)
-
-
-@triton.jit(
-    do_not_specialize_on_alignment=["f_sb", "f_sh", "f_st", "T"],
-)
-def gates_backward(
-    f, f_sb, f_sh, f_st,  # (B, H, T) forget gate pre-activations
-    gamma,  # (B, H, NT)
-    rows,  # (B, H, 2 * NKT, NT * L) per key tile: sum_j<i X_ij + P_i; X_ii
-    cols,  # (B, H, 2 * NKT, NT * L) per key tile: sum_i>j X_ij; U_j
-    inner,  # (B, H, NW, NT) partial <dC', C> + dn'.n per chunk
-    outer,  # (B, H, NP, 2) likewise at the last state; at the initial state
-    dm_last,  # (B, H) if HAS_DM_LAST
-    picked,  # (B, H)
-    T,
-    di,  # (B, H, T) or (B, T, H)
-    df,  # likewise
-    dm_initial,  # (B, H)
-    H: tl.constexpr,
-    L: tl.constexpr,
-    NKT: tl.constexpr,
-    NW: tl.constexpr,
-    NP: tl.constexpr,
-    HAS_DLAST: tl.constexpr,
-    HAS_DM_LAST: tl.constexpr,
-    BTHD: tl.constexpr,
-):  # fmt: skip
-    """One program per head and chunk: dI and dF from per-token sums, added in float64 in a fixed order."""
-    n_chunks = tl.cdiv(T, L)
-    pid = tl.program_id(0).to(tl.int64)
-    head = pid // n_chunks
-    n = pid % n_chunks
-    padded = n_chunks.to(tl.int64) * L
-    o = tl.arange(0, L)
-    t = n * L + o
-    m_t = t < T
-
-    b_row = tl.zeros([L], tl.float64)
-    b_diag = tl.zeros([L], tl.float64)
-    b_col = tl.zeros([L], tl.float64)
-    b_u = tl.zeros([L], tl.float64)
-    for kt in tl.static_range(NKT):
-        p_rows = rows + (head * 2 * NKT + 2 * kt) * padded + t
-        b_row += tl.load(p_rows).to(tl.float64)
-        b_diag += tl.load(p_rows + padded).to(tl.float64)
-        p_cols = cols + (head * 2 * NKT + 2 * kt) * padded + t
-        b_col += tl.load(p_cols).to(tl.float64)
-        b_u += tl.load(p_cols + padded).to(tl.float64)
-
-    w = tl.full([], 0.0, tl.float64)
-    for part in range(0, NW):
-        w += tl.load(inner + (head * NW + part) * n_chunks + n).to(tl.float64)
-    at_last = tl.full([], 0.0, tl.float64)
-    at_initial = tl.full([], 0.0, tl.float64)
-    for part in range(0, NP):
-        at_last += tl.load(outer + (head * NP + part) * 2).to(tl.float64)
-        at_initial += tl.load(outer + (head * NP + part) * 2 + 1).to(tl.float64)
-    w = w * tl.load(gamma + head * n_chunks + n).to(tl.float64)
-
-    b_di = b_col + b_diag + b_u
-    b_dlogf = tl.cumsum(b_row - b_col, 0, reverse=True) + (tl.cumsum(b_u, 0) - b_u) + w
-    dm0 = at_initial
-    if HAS_DLAST:  # the last stabiliser's own cotangent goes where its maximum came from
-        rho = -at_last
-        if HAS_DM_LAST:
-            rho += tl.load(dm_last + head).to(tl.float64)
-        pick = tl.load(picked + head)
-        b_di += tl.where(t == pick, rho, 0.0)
-        b_dlogf += tl.where(t > pick, rho, 0.0)
-        dm0 += tl.where(pick < 0, rho, 0.0)
-
-    p_f = f + (head // H) * f_sb + (head % H) * f_sh
-    b_f = tl.load(p_f + t * f_st, mask=m_t, other=0.0).to(tl.float64)
-    b_df = b_dlogf / (1.0 + tl.exp(b_f))
-    if BTHD:
-        o_out = ((head // H) * T + t) * H + head % H
-    else:
-        o_out = head * T + t
-    tl.store(di + o_out, cast(b_di, di.dtype.element_ty), mask=m_t)
-    tl.store(df + o_out, cast(b_df, df.dtype.element_ty), mask=m_t)
-    if n == 0:
-        tl.store(dm_initial + head, dm0.to(tl.float32))
+    if stop == n_chunks:
+        tl.store(m_last + head, carry.to(tl.float32))
+        tl.store(picked + head, pick)

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from .common import (
-    GIVEN,
     DESCRIPTORS,
+    GIVEN,
     POINTERS,
     dot,
     exp2_difference,

@@ -1,0 +1,88 @@
+"""The gates' gradients, from the sums that the kernels with products leave."""
+
+import triton
+import triton.language as tl
+
+from .common import cast
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=["f_sb", "f_sh", "f_st", "T"],
+)
+def gates_backward(
+    f, f_sb, f_sh, f_st,  # (B, H, T) forget gate pre-activations
+    gamma,  # (B, H, NT)
+    rows,  # (B, H, 2 * NKT, NT * L) per key tile: sum_j<i X_ij + P_i; X_ii
+    cols,  # (B, H, 2 * NKT, NT * L) per key tile: sum_i>j X_ij; U_j
+    inner,  # (B, H, NW, NT) partial <dC', C> + dn'.n per chunk
+    outer,  # (B, H, NP, 2) likewise at the last state; at the initial state
+    dm_last,  # (B, H) if HAS_DM_LAST
+    picked,  # (B, H)
+    T,
+    di,  # (B, H, T) or (B, T, H)
+    df,  # likewise
+    dm_initial,  # (B, H)
+    H: tl.constexpr,
+    L: tl.constexpr,
+    NKT: tl.constexpr,
+    NW: tl.constexpr,
+    NP: tl.constexpr,
+    HAS_DLAST: tl.constexpr,
+    HAS_DM_LAST: tl.constexpr,
+    BTHD: tl.constexpr,
+):  # fmt: skip
+    """One program per head and chunk: dI and dF from per-token sums, added in float64 in a fixed order."""
+    n_chunks = tl.cdiv(T, L)
+    pid = tl.program_id(0).to(tl.int64)
+    head = pid // n_chunks
+    n = pid % n_chunks
+    padded = n_chunks.to(tl.int64) * L
+    o = tl.arange(0, L)
+    t = n * L + o
+    m_t = t < T
+
+    b_row = tl.zeros([L], tl.float64)
+    b_diag = tl.zeros([L], tl.float64)
+    b_col = tl.zeros([L], tl.float64)
+    b_u = tl.zeros([L], tl.float64)
+    for kt in tl.static_range(NKT):
+        p_rows = rows + (head * 2 * NKT + 2 * kt) * padded + t
+        b_row += tl.load(p_rows).to(tl.float64)
+        b_diag += tl.load(p_rows + padded).to(tl.float64)
+        p_cols = cols + (head * 2 * NKT + 2 * kt) * padded + t
+        b_col += tl.load(p_cols).to(tl.float64)
+        b_u += tl.load(p_cols + padded).to(tl.float64)
+
+    w = tl.full([], 0.0, tl.float64)
+    for part in range(0, NW):
+        w += tl.load(inner + (head * NW + part) * n_chunks + n).to(tl.float64)
+    at_last = tl.full([], 0.0, tl.float64)
+    at_initial = tl.full([], 0.0, tl.float64)
+    for part in range(0, NP):
+        at_last += tl.load(outer + (head * NP + part) * 2).to(tl.float64)
+        at_initial += tl.load(outer + (head * NP + part) * 2 + 1).to(tl.float64)
+    w = w * tl.load(gamma + head * n_chunks + n).to(tl.float64)
+
+    b_di = b_col + b_diag + b_u
+    b_dlogf = tl.cumsum(b_row - b_col, 0, reverse=True) + (tl.cumsum(b_u, 0) - b_u) + w
+    dm0 = at_initial
+    if HAS_DLAST:  # the last stabiliser's own cotangent goes where its maximum came from
+        rho = -at_last
+        if HAS_DM_LAST:
+            rho += tl.load(dm_last + head).to(tl.float64)
+        pick = tl.load(picked + head)
+        b_di += tl.where(t == pick, rho, 0.0)
+        b_dlogf += tl.where(t > pick, rho, 0.0)
+        dm0 += tl.where(pick < 0, rho, 0.0)
+
+    p_f = f + (head // H) * f_sb + (head % H) * f_sh
+    b_f = tl.load(p_f + t * f_st, mask=m_t, other=0.0).to(tl.float64)
+    b_df = b_dlogf / (1.0 + tl.exp(b_f))
+    if BTHD:
+        o_out = ((head // H) * T + t) * H + head % H
+    else:
+        o_out = head * T + t
+    tl.store(di + o_out, cast(b_di, di.dtype.element_ty), mask=m_t)
+    tl.store(df + o_out, cast(b_df, df.dtype.element_ty), mask=m_t)
+    if n == 0:
+        tl.store(dm_initial + head, dm0.to(tl.float32))

@@ -1,0 +1,120 @@
+"""Variants of the plan that shapes and options choose: each against the reference, torch and JAX to the bit."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import frontend_jax
+import frontend_torch
+from kernels_triton import config, plan
+from kernels_triton.launch_builder import LaunchBuilder
+from kernels_triton.problem import Problem, suits_descriptors
+from tests.test_plan import problem
+
+NAMES = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial")
+# (B, H, T, K, V), dtype, options, and a kernel that the variant must launch. Fused: with two heads counting as many.
+VARIANTS = {
+    "split-gates": ((1, 1, 1060, 16, 16), "float32", {"chunk_size": 16}, "gates_sums"),
+    "fused": ((1, 2, 150, 16, 24), "bfloat16", {}, "fused_backward"),
+    "fused-recomputed": ((1, 2, 150, 16, 24), "bfloat16", {"save_states": False}, "fused_backward"),
+    "recomputed": ((1, 2, 150, 16, 24), "float32", {"save_states": False}, "chunk_backward"),
+    "four-tiles": ((1, 1, 300, 16, 16), "bfloat16", {"chunk_size": 256}, "chunk_backward"),
+}
+
+
+def make(shape, dtype, seed=0):
+    B, H, T, K, V = shape
+    rng = np.random.default_rng(seed)
+    shapes = ((B, H, T, K), (B, H, T, K), (B, H, T, V), (B, H, T), (B, H, T), (B, H, K, V), (B, H, K), (B, H))
+    arrays = [torch.from_numpy(rng.standard_normal(s, dtype=np.float32)) for s in shapes]
+    arrays[4] = arrays[4] + 3
+    cotangents = [torch.from_numpy(rng.standard_normal(s, dtype=np.float32)) for s in (shapes[2], *shapes[5:])]
+    half = getattr(torch, dtype)
+    return [x.to(half) for x in arrays[:3]] + arrays[3:], [cotangents[0].to(half), *cotangents[1:]]
+
+
+def by_torch(arrays, cotangents, **options):
+    leaves = [x.detach().requires_grad_() for x in arrays]
+    h, last = frontend_torch.mlstm_chunkwise(*leaves, return_last_states=True, **options)
+    outputs = [h, *last]
+    return outputs + list(
+        torch.autograd.grad(outputs, leaves, [c.to(x.dtype) for c, x in zip(cotangents, outputs, strict=True)])
+    )
+
+
+def as_jax(x):
+    return jnp.asarray(x.float().numpy()).astype(str(x.dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant(name, monkeypatch):
+    monkeypatch.setattr(config, "MANY_HEADS", 2 if "fused" in name else config.MANY_HEADS)
+    plan.forward_pass.cache_clear()
+    plan.backward_pass.cache_clear()
+    shape, dtype, options, kernel = VARIANTS[name]
+    B, H, T, K, V = shape
+    chosen = {"chunk_size": None, "save_states": True} | options
+    p = problem(B, H, T, K, V, dtype=dtype, chunk_size=chosen["chunk_size"])
+    assert kernel in {x.name for ps in (plan.forward_pass(p), plan.backward_pass(p)) for x in ps.launches}
+    arrays, cotangents = make(shape, dtype)
+    got = by_torch(arrays, cotangents, backend="interpret", **options)
+    truth = by_torch(
+        [x.double() if n > 99 else x.float() for n, x in enumerate(arrays)], cotangents, backend="reference"
+    )
+    for label, x, y in zip(("h", "c", "n", "m", *NAMES), got, truth, strict=True):
+        error = (x.double() - y.double()).norm() / y.double().norm()
+        assert error < (3e-2 if label == "m_initial" else 8e-3 if dtype == "bfloat16" else 3e-5), (label, error)
+
+    def run(*xs):
+        h, last = frontend_jax.mlstm_chunkwise(*xs, return_last_states=True, backend="interpret", **options)
+        return h, *last
+
+    outputs, pullback = jax.vjp(run, *map(as_jax, arrays))
+    for x, y in zip(got, (*outputs, *pullback(tuple(map(as_jax, cotangents)))), strict=True):
+        assert np.array_equal(x.detach().float().numpy(), np.asarray(y.astype(jnp.float32)))
+
+
+def test_no_gradient_no_states():
+    """Inference keeps no states, and gives the same bits."""
+    arrays, _ = make((1, 2, 100, 16, 16), "float32")
+    with torch.no_grad():
+        h = frontend_torch.mlstm_chunkwise(*arrays, backend="interpret")
+    again = frontend_torch.mlstm_chunkwise(*[x.requires_grad_() for x in arrays], backend="interpret")
+    assert torch.equal(h, again)
+    p = problem()
+    assert "states" not in plan.forward_pass(p, False).results
+    assert "states" in plan.forward_pass(p).results
+
+
+def test_descriptors_need_alignment():
+    shape = (2, 4, 100, 64)
+    assert suits_descriptors(shape, (25600, 6400, 64, 1), 2, 0)
+    assert not suits_descriptors(shape, (25600, 6400, 64, 1), 2, 8)  # the address
+    assert not suits_descriptors(shape, (0, 6400, 64, 1), 2, 0)  # broadcast
+    assert not suits_descriptors(shape, (25600, 6400, 65, 1), 2, 0)  # a stride
+    assert not suits_descriptors((2, 4, 100, 60), (24000, 6000, 60, 1), 2, 0)  # 120 bytes
+
+
+def test_descriptors_change_operands_alone():
+    p = dataclasses.replace(problem(1, 4, 4096, 128, 256, dtype="bfloat16"), descriptors=True)
+    assert isinstance(p, Problem)
+    plain = dataclasses.replace(p, descriptors=False)
+    assert LaunchBuilder(p).config == LaunchBuilder(plain).config
+    for make_pass in (plan.forward_pass, plan.backward_pass):
+        for x, y in zip(make_pass(p).launches, make_pass(plain).launches, strict=True):
+            assert (x.name, list(x.operands), x.outputs) == (y.name, list(y.operands), y.outputs)
+            assert x.grid == y.grid
+            different = {name for name in x.constexprs if x.constexprs[name] != y.constexprs[name]}
+            assert different <= {"SOURCE"}
+
+
+@pytest.fixture(autouse=True)
+def fresh_plans():
+    """Plans made under another configuration do not outlive their test."""
+    yield
+    plan.forward_pass.cache_clear()
+    plan.backward_pass.cache_clear()

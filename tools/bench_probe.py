@@ -1,0 +1,74 @@
+"""Compiles one implementation for one job in a process of its own, and fills Triton's cache on disk meanwhile.
+
+A compiler that aborts (LLVM assertions do) or does not end would take a whole benchmark with it: seen with peers'
+kernels on Triton 3.6. Such a job is reported as failed instead.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from tqdm import tqdm
+
+from .bench_cases import DTYPES, IMPLEMENTATIONS, Implementation, Job, Shape
+
+KINDS = ("ours_torch", "mlstm_kernels", "fla")  # those that compile with Triton, outside of XLA
+SECONDS = 150
+Key = tuple[str, tuple[int, int, int, int, int], str, str]
+
+
+def key(x: Implementation, job: Job) -> Key:
+    """What is compiled: the batch size hardly matters, so one sequence stands for all."""
+    return x.name, (1, *job.shape.sizes[1:]), job.dtype.name, "fw" if job.pass_ == "fw" else "fw+bw"
+
+
+def probe(item: Key) -> str:
+    """Why the process of a job died, or nothing. An exception is no reason: the measurement itself will meet it."""
+    name, sizes, dtype, pass_ = item
+    command = [sys.executable, "-m", "tools.bench_probe", name, *map(str, sizes), dtype, pass_]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"no result within {SECONDS} s"
+    if done.returncode >= 0:
+        return ""
+    return f"signal {-done.returncode}: {' '.join(done.stderr.split())[-200:]}"
+
+
+def probe_all(jobs: Iterable[Job], jobs_at_once: int | None = None) -> dict[Key, str]:
+    """The reasons of all jobs that no process survives."""
+    from .bench_implementations import missing_modules
+
+    items = list(
+        dict.fromkeys(
+            key(x, job)
+            for job in jobs
+            for x in job.implementations
+            if x.kind in KINDS and not missing_modules(x.modules) and job.shape.table != "scaling"
+        )
+    )
+    workers = jobs_at_once or max(1, (os.cpu_count() or 2) - 2)
+    with ThreadPoolExecutor(workers) as pool:
+        reasons = list(tqdm(pool.map(probe, items), total=len(items), desc="compile", unit="kernel set", disable=None))
+    return {item: reason for item, reason in zip(items, reasons, strict=True) if reason}
+
+
+def main(name: str, *arguments: str) -> None:
+    """Run one implementation once."""
+    from . import bench_implementations
+
+    *sizes, dtype_name, pass_ = arguments
+    implementation = next(x for x in IMPLEMENTATIONS if x.name == name)
+    dtype = next(x for x in DTYPES if x.name == dtype_name)
+    B, H, T, K, V = map(int, sizes)
+    shape = Shape("probe", B, H, T, K, V)
+    runner = bench_implementations.build(implementation, shape, dtype, pass_, "cuda")
+    runner.wait(runner.call(runner.operands(bench_implementations.make_inputs(shape, dtype, "cuda", 0))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
