@@ -12,7 +12,7 @@ MIN_CHUNK, MAX_CHUNK = 16, 512
 # Offsets inside a chunk are computed in 32 bits: the most elements from one token to the next.
 MAX_TOKEN_STRIDE = 2**31 // MAX_CHUNK - 1
 # Elements of q and v together from which descriptors pay for being made.
-MIN_DESCRIPTORS = 2**21
+MIN_DESCRIPTORS = 2**20
 INPUT_DTYPES = ("float32", "bfloat16", "float16")
 GATE_DTYPES = (*INPUT_DTYPES, "float64")
 LAYOUTS = ("bhtd", "bthd")

@@ -25,6 +25,7 @@ DEFAULTS: Mapping[str, Any] = {
     "normalizer_grad": "exact",
     "layout": "bhtd",
     "precision": "ieee",
+    "save_states": True,
 }
 DOCUMENT = 17  # tokens per document in the cases that have several in one sequence
 CLOSED = -60.0  # the forget gate's pre-activation at a document's first token
@@ -50,6 +51,7 @@ class Case:
     normalizer_grad: str = "exact"
     chunk_size: int | None = None
     precision: str = "ieee"
+    save_states: bool = True
     qk_scale: float | None = None
     eps: float = 1e-6
     i_gate: tuple[float, float] = (0.0, 1.0)  # mean and standard deviation
@@ -130,6 +132,16 @@ GATE_DTYPES = (("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float16", "f
 CHUNKS = (16, 32, 128, 256, 512)
 HEADS = ((1, 1), (1, 16), (5, 48), (17, 33), (72, 136))
 GPU_HEADS = ((64, 64), (128, 128), (128, 256), (256, 512))
+MANY: Mapping[str, Any] = {
+    "dtype": "bfloat16",
+    "B": 2,
+    "H": 64,
+    "T": 520,
+    "K": 64,
+    "V": 64,
+    "initial": True,
+    "last": True,
+}
 
 CASES: tuple[Case, ...] = (
     # dtypes and modes, from zero and from given states
@@ -168,6 +180,7 @@ CASES: tuple[Case, ...] = (
     Case("uneven-forgetting", H=1, f_gate=(0.0, 15.0)),
     # options
     *(Case(f"precision-{p}", T=40, H=1, precision=p) for p in ("tf32x3", "tf32")),
+    *(_states(f"recompute-{d}", T=40, H=1, dtype=d, save_states=False) for d in ("float32", "bfloat16")),
     Case("scale-and-eps", T=40, H=1, qk_scale=1.0, eps=1e-2),
     # sizes of real models, on a GPU alone
     *(_gpu(f"gpu-{d}-{K}x{V}", dtype=d, K=K, V=V) for d in ("bfloat16", "float32") for K, V in GPU_HEADS),
@@ -178,6 +191,14 @@ CASES: tuple[Case, ...] = (
     _gpu("gpu-float16", dtype="float16", K=128, V=128, T=1000),
     _gpu("gpu-strided", dtype="bfloat16", K=128, V=128, B=2, strided=True),
     _gpu("gpu-bthd", dtype="bfloat16", K=128, V=128, B=2, layout="bthd"),
+    *(
+        _gpu(f"gpu-recompute-{mode}", dtype="bfloat16", K=128, V=256, save_states=False, normalizer_grad=mode)
+        for mode in MODES
+    ),
+    # many small heads (fused kernels), and a few long ones (gates in two launches)
+    *(_gpu(f"gpu-many-heads-{mode}", **MANY, normalizer_grad=mode) for mode in MODES),
+    _gpu("gpu-many-heads-recompute", **MANY, save_states=False),
+    _gpu("gpu-long-heads", dtype="bfloat16", H=2, T=16384, K=64, V=64, f_gate=(6.0, 1.0), initial=True, last=True),
     _gpu("gpu-documents", dtype="bfloat16", K=64, V=128, documents=True, initial=True, last=True),
     *(_gpu(f"gpu-{p}", K=128, V=128, T=1000, precision=p) for p in ("tf32x3", "tf32")),
     *(_gpu(f"gpu-chunk-{L}", dtype="bfloat16", K=64, V=64, T=1000, chunk_size=L) for L in (16, 512)),
