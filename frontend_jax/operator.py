@@ -33,11 +33,24 @@ def describe(name: str, x: Any) -> ArrayInfo | None:
     return ArrayInfo(tuple(x.shape), jnp.dtype(x.dtype).name, "")
 
 
-def platform_of(x: Any) -> str:
-    """Where x is computed: its device's platform, or under a transformation the default device's."""
+def device_of(x: Any) -> Any:
+    """Where x is computed: its device, or under a transformation the default device (or its platform's name)."""
     devices = None if isinstance(x, jax.core.Tracer) or not isinstance(x, Array) else x.devices()
     default = getattr(jax.config, "jax_default_device", None)
-    device = next(iter(devices)) if devices else default or jax.devices()[0]
+    return next(iter(devices)) if devices else default or jax.devices()[0]
+
+
+def architecture(device: Any) -> str:
+    """The GPU architecture, as the tables of tile sizes know it; "sm_90" without a GPU."""
+    capability = str(getattr(device, "compute_capability", ""))
+    if capability.startswith("gfx"):
+        return capability.split(":")[0]
+    return "sm_" + capability.replace(".", "") if capability else "sm_90"
+
+
+def platform_of(x: Any) -> str:
+    """The platform of x's device."""
+    device = device_of(x)
     if isinstance(device, str):
         return device
     if device.platform != "gpu":
@@ -186,6 +199,7 @@ def mlstm_chunkwise(
         backend=backend,
         save_states=save_states,
     )
+    problem = dataclasses.replace(problem, arch=architecture(device_of(q)))
     static = _Static(problem, choose_backend(backend, platform_of(q)), return_last_states)
     arrays = varying({name: jnp.asarray(x) for name, x in given.items() if x is not None})
     if "m_initial" in arrays:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from typing import Any, Literal
 
@@ -33,6 +34,17 @@ def describe(name: str, x: Any) -> ArrayInfo | None:
 def platform_of(x: Tensor) -> str:
     """The name of a tensor's device platform, as the shared checks know it."""
     return "rocm" if x.device.type == "cuda" and torch.version.hip else x.device.type
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The GPU architecture, as the tables of tile sizes know it; "sm_90" without a GPU."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def readable(x: Tensor, layout: str) -> Tensor:
@@ -112,7 +124,7 @@ def _descriptors(problem: Problem, backend: str, tensors: tuple[Tensor | None, .
         return False
     if os.environ.get("MLSTM_DESCRIPTORS") == "0" or platform_of(q) != "cuda":
         return False
-    return torch.cuda.get_device_capability(q.device)[0] == 9 and all(_suits(x) for x in (q, k, v))
+    return architecture(q.device) == "sm_90" and all(_suits(x) for x in (q, k, v))
 
 
 def _suits(x: Tensor) -> bool:
@@ -160,6 +172,7 @@ def _kernels(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...])
         problem,
         strides=tuple(strides.items()),
         layout=layout,
+        arch=architecture(tensors[0].device) if tensors[0] is not None else problem.arch,
         descriptors=_descriptors(problem, backend, tensors),
     )
     save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)

@@ -1,13 +1,21 @@
-"""Tile sizes: one pure heuristic over shapes, dtype and architecture."""
+"""Tile sizes: committed tables by architecture (configs/*.json), read by one pure function of the problem."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib import resources
+from typing import Any
 
 from .problem import MIN_CHUNK, Problem
 
 # Shared memory of one program, bytes, by architecture: what a configuration must fit.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+# The table of each architecture that has one or shares one; any other takes the one with the smallest shared memory.
+TABLES = {"sm_80": "sm_80", "sm_87": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}
+FALLBACK = "gfx942"
 # As many programs as occupy a large GPU: from here on one program per head is enough.
 MANY_HEADS = 128
 
@@ -19,13 +27,12 @@ def next_power_of_2(x: int) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel's blocks: BT tokens against BS tokens at a time, BK keys, BV values; PARTS programs a chunk."""
+    """One kernel's blocks: BT tokens against BS tokens at a time, BK keys, BV values."""
 
     BT: int
     BS: int
     BK: int
     BV: int
-    PARTS: int
     num_warps: int
     num_stages: int
 
@@ -37,55 +44,55 @@ class Config:
     L: int
     gates: int  # tokens that the gates' kernel takes at a time
     state: Tile
-    dstate: Tile  # the state kernel backward: it holds a tile of C besides its cotangent
+    dstate: Tile  # the state kernel backward
     forward: Tile
     backward: Tile
     normaliser: Tile
     fused: Tile | None = None  # many small heads: instead of state, dstate, forward and backward
 
 
+TILES = tuple(x.name for x in fields(Config) if x.name not in ("L", "gates"))
+
+
+@functools.cache
+def table(arch: str) -> tuple[Mapping[str, Any], ...]:
+    """The entries for an architecture, the first that suits a problem counts.
+
+    An entry: dtypes; K and V, the largest head dims; heads, the fewest and the most of them; and a Config for chunks of
+    L tokens, its tiles as lists in Tile's order.
+    """
+    name = TABLES.get(arch, FALLBACK)
+    return tuple(json.loads((resources.files(__package__) / "configs" / f"{name}.json").read_text())["entries"])
+
+
+def _suits(entry: Mapping[str, Any], problem: Problem) -> bool:
+    fewest, most = entry["heads"]
+    fits = problem.K <= entry["K"] and problem.V <= entry["V"]
+    return problem.dtype in entry["dtypes"] and fits and fewest <= problem.B * problem.H <= (most or 2**31)
+
+
 def configure(problem: Problem) -> Config:
     """The configuration for a problem; valid for every K, V up to 512 and every chunk size.
 
-    Validity: tiles are powers of two of at least 16, BT divides L.
+    Validity: blocks are powers of two of at least 16; BT and BS divide L; a chunk has at most four tiles of BT tokens.
     """
-    heads = problem.B * problem.H
-    half = problem.dtype != "float32"
-    wide = max(problem.K, problem.V) > 64
-    L = problem.chunk_size or (128 if wide and half else 64)
+    entry = next(x for x in table(problem.arch) if _suits(x, problem))
+    L: int = problem.chunk_size or entry["L"]
 
-    def tile(BT: int, BS: int, BK: int, BV: int, num_warps: int, num_stages: int, roles: int = 0) -> Tile:
-        BT = min(BT, L)
+    def tile(name: str) -> Tile:
+        BT, BS, BK, BV, num_warps, num_stages = entry[name]
+        if name in ("forward", "backward"):  # chunks longer than the table's
+            BT, BS = max(BT, L // 4), max(BS, L // 4)
         return Tile(
-            BT=BT,
+            BT=min(BT, L),
             BS=min(BS, L),
             BK=min(BK, max(MIN_CHUNK, next_power_of_2(problem.K))),
             BV=min(BV, max(MIN_CHUNK, next_power_of_2(problem.V))),
-            PARTS=roles * L // BT,
             num_warps=num_warps,
             num_stages=num_stages,
         )
 
-    rows = max(64 if problem.dtype == "bfloat16" else 32, L // 4)  # so that a chunk has at most four row tiles
-    if problem.dtype == "bfloat16":
-        deep = problem.K > 128
-        return Config(
-            L=L,
-            gates=2048,
-            state=tile(128, 16, 64, 128, 4, 2),
-            dstate=tile(128, 16, 64, 128, 4, 2),
-            forward=tile(rows, rows, 256, 32, 4, 3, roles=1),
-            backward=tile(rows, rows, 256, 32 if deep else 64, 8 if deep else 4, 3 if deep else 2, roles=2),
-            normaliser=tile(16, 16, 16, 128, 4, 2),
-            fused=tile(L, L, 64, 64, 4, 2) if L <= 64 and not wide and heads >= MANY_HEADS else None,
-        )
-    # float32 operands (float16 inputs too, where a weighted factor is involved) take twice the shared memory.
-    return Config(
-        L=L,
-        gates=2048,
-        state=tile(32, 16, 64, 64, 4, 2),
-        dstate=tile(32, 16, 64, 64, 4, 2),
-        forward=tile(rows, rows, 64, 32, 4, 2, roles=1),
-        backward=tile(rows, rows, 64, 32, 4, 2, roles=2),
-        normaliser=tile(16, 16, 16, 128, 4, 2),
-    )
+    tiles = {name: tile(name) for name in TILES if name in entry}
+    if L > entry["L"] or problem.B * problem.H < MANY_HEADS:
+        tiles.pop("fused", None)
+    return Config(L=L, gates=entry["gates"], **tiles)

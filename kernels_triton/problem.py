@@ -41,6 +41,7 @@ class Problem:
     normalizer_grad: str
     precision: str
     has_initial: bool
+    arch: str = "sm_90"  # whose tile sizes to take; also where there is no GPU
     save_states: bool = True  # for the backward pass; otherwise it computes them again
     descriptors: bool = False  # read q, k, v and states through tensor descriptors: the same bits, sooner
 

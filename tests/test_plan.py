@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from kernels_triton import plan
-from kernels_triton.config import Config, Tile, configure
+from kernels_triton.config import MANY_HEADS, TABLES, Config, Tile, configure, table
 from kernels_triton.launch import Launch
 from kernels_triton.validation import ArrayInfo, check_call
 
@@ -76,10 +76,18 @@ def test_every_configuration_is_valid():
                 assert all(x >= 16 and x & (x - 1) == 0 for x in blocks), (K, V, L, dtype, tile)
                 assert config.L % tile.BT == 0
                 assert config.L % tile.BS == 0
-                assert (
-                    field.name not in ("forward", "backward")
-                    or config.L // tile.BT <= tile.PARTS <= 2 * config.L // tile.BT
-                )
+                assert field.name not in ("forward", "backward") or config.L // tile.BT <= 4
+
+
+@pytest.mark.parametrize("arch", [*TABLES, "gfx942", "sm_86", "unheard of"])
+def test_every_architecture_has_a_table(arch):
+    for K, V, heads in itertools.product((1, 64, 65, 512), (1, 64, 512), (1, 40, 400)):
+        for dtype in ("float32", "bfloat16", "float16"):
+            p = dataclasses.replace(problem(B=1, H=heads, K=K, V=V, dtype=dtype), arch=arch)
+            config = configure(p)
+            assert (config.fused is not None) <= (heads >= MANY_HEADS)
+            assert config.fused is None or (config.fused.BK >= K and config.fused.BV >= V)
+    assert table("unheard of") == table("gfx942")
 
 
 def test_a_launch_checks_its_names():

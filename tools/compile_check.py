@@ -74,13 +74,13 @@ def _problem(heads: str, dtype: str, normalizer_grad: str) -> Any:
 
 
 def _passes(
-    heads: str, dtype: str, descriptors: bool = False
+    heads: str, dtype: str, arch: str, descriptors: bool = False
 ) -> Iterator[tuple[str, Any, dict[str, tuple[tuple[int, ...], str]]]]:
     """(variant, pass, its inputs' shapes and dtypes) for forward and backward, exact and detached."""
     from kernels_triton import plan
 
     for mode in ("exact", "detached"):
-        problem = dataclasses.replace(_problem(heads, dtype, mode), descriptors=descriptors)
+        problem = dataclasses.replace(_problem(heads, dtype, mode), arch=arch, descriptors=descriptors)
         forward, backward = plan.forward_pass(problem), plan.backward_pass(problem, None, True)
         K, V = problem.K, problem.V
         known: dict[str, tuple[tuple[int, ...], str]] = {
@@ -152,9 +152,9 @@ def _through_torch(target: str, heads: str, dtype: str) -> list[tuple[Compiled, 
     hip = target.startswith("gfx")
     driver.set_active(_Driver(GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target[3:]), 32)))
     found: dict[str, tuple[Compiled, str]] = {}
-    passes = list(_passes(heads, dtype))
+    passes = list(_passes(heads, dtype, target))
     if target == "sm_90" and dtype == "bfloat16":  # where the PyTorch frontend reads through descriptors
-        passes += [(f"{variant}, descriptors", *rest) for variant, *rest in _passes(heads, dtype, True)]
+        passes += [(f"{variant}, descriptors", *rest) for variant, *rest in _passes(heads, dtype, target, True)]
     for variant, program, inputs in passes:
         results: list[tuple[Any, str]] = []
         launches = tuple(dataclasses.replace(x, kernel=_CompileOnly(x.kernel, results)) for x in program.launches)
@@ -176,7 +176,7 @@ def _through_jax(target: str, heads: str, dtype: str, dump: Path) -> set[str]:
     from frontend_jax import executor
 
     before = set(dump.glob("*/*.ptx"))
-    for _, program, inputs in _passes(heads, dtype):
+    for _, program, inputs in _passes(heads, dtype, target):
         arrays = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in inputs.items()}
 
         def run(arrays: dict[str, Any], program: Any = program) -> dict[str, Any]:

@@ -76,7 +76,6 @@ def chunk_backward(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BS: tl.constexpr,
-    PARTS: tl.constexpr,
     UNIT: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_NORMS: tl.constexpr,
@@ -87,7 +86,7 @@ def chunk_backward(
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """PARTS programs per head, chunk and tile of BK keys share out its dq tiles and its dk and dv tiles of BT tokens.
+    """One program per head, chunk, role (dq, or dk and dv), tile of BT tokens and tile of BK keys.
 
     dq_i = scale (sum_j<=i dS_ij D_ij k_j + beta_i (C dh_i / d_i + delta_i n)),
     dk_j = scale sum_i>=j dS_ij D_ij q_i + alpha_j (dC' v_j + dn'), with dS_ij = dh_i . v_j / d_i + delta_i, X = S dS,
@@ -100,9 +99,9 @@ def chunk_backward(
     n_chunks = tl.cdiv(T, L)
     padded = n_chunks.to(tl.int64) * L
     key_tile = (pid % NKT).to(tl.int32)
-    part = ((pid // NKT) % PARTS).to(tl.int32)
-    n = ((pid // (PARTS * NKT)) % n_chunks).to(tl.int32)
-    head = pid // (n_chunks.to(tl.int64) * (PARTS * NKT))
+    role = ((pid // NKT) % (2 * NRT)).to(tl.int32)
+    n = ((pid // (2 * NRT * NKT)) % n_chunks).to(tl.int32)
+    head = pid // (n_chunks.to(tl.int64) * (2 * NRT * NKT))
 
     # All tokens are counted from the chunk's start from here on.
     t = n * L
@@ -123,7 +122,7 @@ def chunk_backward(
     dstate = state_view(dstates, o_chunk, K, V, SOURCE)
     p_dnorm = dnorms + o_chunk * K
     for tile in tl.static_range(NRT):
-        if PARTS == 1 or part == tile * PARTS // (2 * NRT):
+        if role == tile:
             queries_backward(
                 q_view, k_view, v_view, dh_view, q_plain_view, c + o_pair, a + o_pair, d_inverse + o_row,
                 delta + o_row, state_inverse + o_row, state_delta + o_row, state, p_norm, dq + o_dk, dk_row,
@@ -134,7 +133,7 @@ def chunk_backward(
             if HAS_INNER and tile == 0:  # the program with the least to do
                 p_inner = inner + (head * NKT + key_tile) * n_chunks + n
                 _state_product(state, dstate, p_norm, p_dnorm, p_inner, key_tile, K, V, BK, BV, HAS_NORMS, SOURCE)
-        if PARTS == 1 or part == (NRT + tile) * PARTS // (2 * NRT):
+        if role == NRT + tile:
             keys_values_backward(
                 q_view, k_view, v_view, dh_view, k_plain_view, c + o_pair, a + o_pair, alpha + o_row,
                 d_inverse + o_row, delta + o_row, dstate, p_dnorm, dk + o_dk, dk_row, dv + o_dv, dv_row,

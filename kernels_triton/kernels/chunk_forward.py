@@ -111,7 +111,6 @@ def chunk_forward(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    PARTS: tl.constexpr,
     UNIT: tl.constexpr,
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
@@ -122,7 +121,7 @@ def chunk_forward(
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """PARTS programs per head and chunk share out its tiles of BT tokens.
+    """One program per head, chunk and tile of BT tokens.
 
     h_i = (sum_j<=i S_ij v_j + scale beta_i C^T q_i) / d_i.
     """
@@ -130,9 +129,9 @@ def chunk_forward(
     pid = tl.program_id(0).to(tl.int64)
     n_chunks = tl.cdiv(T, L)
     padded = n_chunks.to(tl.int64) * L
-    part = (pid % PARTS).to(tl.int32)
-    n = ((pid // PARTS) % n_chunks).to(tl.int32)
-    head = pid // (n_chunks.to(tl.int64) * PARTS)
+    role = (pid % NRT).to(tl.int32)
+    n = ((pid // NRT) % n_chunks).to(tl.int32)
+    head = pid // (n_chunks.to(tl.int64) * NRT)
 
     # All tokens are counted from the chunk's start from here on.
     t = n * L
@@ -147,7 +146,7 @@ def chunk_forward(
     if not STORE_D and pid == 0:
         tl.store(d, 0.0)
     for tile in tl.static_range(NRT):
-        if PARTS == 1 or part == tile * PARTS // NRT:
+        if role == tile:
             rows_forward(
                 q_view, k_view, v_view, c + o_pair, a + o_pair, beta + o_row, floor + o_row, state, p_norm,
                 h + o_h, h_row, r + o_row, d + head * T + t, T - t, padded,
