@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from .builder import Builder
+from .config import Config
 from .launch import Pass
 from .launch_builder import GATES
 from .problem import Problem, Strides, contiguous_strides
@@ -21,9 +22,12 @@ STATES = ("states", "norms")
 
 
 @functools.lru_cache(maxsize=1024)
-def forward_pass(problem: Problem, save: bool = True) -> Pass:
-    """h, the last states, and to save, what the backward pass reads; states only as `problem.save_states` says."""
-    b = Builder(problem)
+def forward_pass(problem: Problem, save: bool = True, config: Config | None = None) -> Pass:
+    """h, the last states, and to save, what the backward pass reads; states only as `problem.save_states` says.
+
+    config: tile sizes other than the table's.
+    """
+    b = Builder(problem, config)
     inputs = ("q", "k", "v", "i", "f", *(INITIAL if problem.has_initial else ()))
     keep_states = save and problem.save_states
     launches = [b.gates_sums()] if b.split_gates else []
@@ -34,9 +38,11 @@ def forward_pass(problem: Problem, save: bool = True) -> Pass:
 
 
 @functools.lru_cache(maxsize=1024)
-def backward_pass(problem: Problem, dh_strides: Strides | None = None, has_dlast: bool = False) -> Pass:
-    """All gradients. `has_dlast`: cotangents of the last states are given (all three)."""
-    b = Builder(problem)
+def backward_pass(
+    problem: Problem, dh_strides: Strides | None = None, has_dlast: bool = False, config: Config | None = None
+) -> Pass:
+    """All gradients. `has_dlast`: cotangents of the last states are given (all three). config: as of `forward_pass`."""
+    b = Builder(problem, config)
     b.strides["dh"] = dh_strides or contiguous_strides(problem.H, problem.T, problem.V, problem.layout)
     launches = [b.normaliser()]
     if not problem.save_states:

@@ -31,7 +31,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
     """x in another float dtype, rounded to nearest even."""
-    if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300  # the interpreter truncates: round before it does
+    if INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter truncates: round before it does
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, rounded.to(tl.uint32).to(tl.float32, bitcast=True), x.to(tl.float32))

@@ -86,10 +86,9 @@ def fused_forward(
     if HAS_INITIAL:
         b_state = load_state((c_initial + head * K * V,), 0, 0, K, V, BK, BV, POINTERS).to(tl.float32)
         b_norm = load_vector(n_initial + head * K, o_k, K, BK).to(tl.float32)
-    if not SAVE:
-        if head == 0:
-            tl.store(states, 0.0)
-            tl.store(norms, 0.0)
+    if not SAVE and head == 0:
+        tl.store(states, 0.0)
+        tl.store(norms, 0.0)
 
     for n in range(0, n_chunks):
         t = n * L

@@ -104,7 +104,7 @@ def gates_sums(
     n = (pid % n_groups).to(tl.int32) * G + tl.arange(0, G)
     m_n = n < n_chunks
     t = n[:, None] * L + tl.arange(0, L)[None, :]
-    b_sum, b_c, total, largest, token = _chunk_sums(
+    b_sum, _, total, largest, token = _chunk_sums(
         i, i_sb, i_sh, i_st, f, f_sb, f_sh, f_st, head, t, t < T, H, L, True, False
     )
     store_pair(sums, head * 2 * padded + t, padded, b_sum, m_n[:, None] & (t >= 0))
