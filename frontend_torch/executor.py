@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels_triton import interpreter
-from kernels_triton.launch import Descriptor, Operand, Pass, Spec
+from kernels_triton.launch import Descriptor, Launch, Operand, Pass, Spec
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -29,24 +29,29 @@ def _operand(x: Operand, env: Mapping[str, Tensor]) -> Any:
     return env[x] if isinstance(x, str) else x
 
 
+def launch_one(launch: Launch, env: dict[str, Tensor], device: torch.device) -> None:
+    """Run one launch on the tensors of env, and add its outputs to them."""
+    operands = [_operand(x, env) for x in launch.operands.values()]
+    for buffer, spec in launch.outputs.values():
+        env[buffer] = _empty(spec, device)
+    outputs = [env[buffer] for buffer, _ in launch.outputs.values()]
+    launch.kernel[(launch.grid,)](
+        *operands,
+        *outputs,
+        **launch.constexprs,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        enable_fp_fusion=True,
+    )
+
+
 def launch_all(program: Pass, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run every launch on the tensors' device; returns the pass's results by name. Never synchronises."""
     env = {name: tensors[name] for name in program.inputs}
     device = env["q"].device
     with torch.cuda.device_of(env["q"]):
         for launch, needed in zip(program.launches, program.needed, strict=True):
-            operands = [_operand(x, env) for x in launch.operands.values()]
-            for buffer, spec in launch.outputs.values():
-                env[buffer] = _empty(spec, device)
-            outputs = [env[buffer] for buffer, _ in launch.outputs.values()]
-            launch.kernel[(launch.grid,)](
-                *operands,
-                *outputs,
-                **launch.constexprs,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
-                enable_fp_fusion=True,
-            )
+            launch_one(launch, env, device)
             env = {name: x for name, x in env.items() if name in needed}
     return env
 

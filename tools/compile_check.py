@@ -97,7 +97,7 @@ def _passes(
         yield mode, backward, {name: known[name] for name in backward.inputs}
 
 
-class _Driver:
+class Driver:
     """A driver without a device: Triton asks it what to compile for."""
 
     def __init__(self, target: Any):
@@ -113,7 +113,7 @@ class _Driver:
         return 0
 
 
-class _CompileOnly:
+class CompileOnly:
     """Stands for a kernel in a launch: compiles what would be launched, and keeps the results."""
 
     def __init__(self, kernel: Any, results: list[tuple[Any, str]]):
@@ -129,7 +129,7 @@ class _CompileOnly:
         return compile_it
 
 
-def _resources(compiled: Any, log: str) -> tuple[int, int]:
+def resources(compiled: Any, log: str) -> tuple[int, int]:
     """Registers and spills, from ptxas' report or from the AMD assembly's metadata."""
     if "amdgcn" in compiled.asm:
         fields = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
@@ -150,20 +150,20 @@ def _through_torch(target: str, heads: str, dtype: str) -> list[tuple[Compiled, 
     from kernels_triton.config import SHARED_MEMORY
 
     hip = target.startswith("gfx")
-    driver.set_active(_Driver(GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target[3:]), 32)))
+    driver.set_active(Driver(GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target[3:]), 32)))
     found: dict[str, tuple[Compiled, str]] = {}
     passes = list(_passes(heads, dtype, target))
     if target == "sm_90" and dtype == "bfloat16":  # where the PyTorch frontend reads through descriptors
         passes += [(f"{variant}, descriptors", *rest) for variant, *rest in _passes(heads, dtype, target, True)]
     for variant, program, inputs in passes:
         results: list[tuple[Any, str]] = []
-        launches = tuple(dataclasses.replace(x, kernel=_CompileOnly(x.kernel, results)) for x in program.launches)
+        launches = tuple(dataclasses.replace(x, kernel=CompileOnly(x.kernel, results)) for x in program.launches)
         tensors = {n: torch.empty(shape, dtype=getattr(torch, d), device="meta") for n, (shape, d) in inputs.items()}
         executor.launch_all(dataclasses.replace(program, launches=launches), tensors)
         for compiled, log in results:
             code = compiled.asm["amdgcn" if hip else "ptx"]
             if code not in found:
-                registers, spills = _resources(compiled, log)
+                registers, spills = resources(compiled, log)
                 facts = (compiled.name, variant, registers, spills, compiled.metadata.shared, SHARED_MEMORY[target])
                 found[code] = (Compiled(target, heads, dtype, *facts), code)
     return list(found.values())

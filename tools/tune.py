@@ -1,0 +1,160 @@
+"""Searches tile sizes offline, kernel by kernel, and writes them into the table of the GPU's architecture.
+
+    python -m tools.tune [--shapes A ...] [--dtype bfloat16] [--kernels backward ...] [--write]
+
+For each shape and kernel: every valid tile is compiled, in processes side by side; those that spill or do not fit
+shared memory are dropped; each survivor is timed in turns with the others on the shape's own tensors; the fastest
+within 1 % of the best whose gradients pass the comparison with float64 is taken. With --compile-only it stops after the
+compiler, which needs no GPU. Exit code 1 if a kernel is left without a tile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from . import tune_measure
+from .bench_cases import SHAPES, Shape, matching
+from .tune_candidates import BLOCKS, candidates, with_tile
+
+ROUNDS = 5
+KERNELS_HELP = f"Glob patterns of {', '.join(BLOCKS)}; by default all."
+SLACK = 1.01  # times closer than this count as equal: the tile that stands first stays
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """One candidate: what the compiler says, and its time in milliseconds."""
+
+    tile: tuple[int, ...]
+    spills: int
+    shared: int
+    problem: str = ""  # why it is out, or nothing
+    ms: float | None = None
+
+
+def compile_all(jobs: list[tuple[Any, ...]], workers: int) -> list[tuple[int, int, str]]:
+    """(spills, shared memory, error) of each job."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        results = pool.map(tune_measure.compile_one, *zip(*jobs, strict=True))
+        return list(tqdm(results, total=len(jobs), desc="compile", unit="tile", disable=None))
+
+
+def search(shape: Shape, dtype: str, field: str, arch: str, workers: int, only_compile: bool) -> list[Found]:
+    """All candidates of one kernel, the fastest good one first."""
+    problem = tune_measure.make_problem(shape, dtype, arch)
+    config = tune_measure.config_of(problem)
+    tiles = list(candidates(field, config, shape.K, shape.V))
+    if not tiles:
+        return []
+    compiled = compile_all([(shape, dtype, field, arch, dataclasses.astuple(tile)) for tile in tiles], workers)
+    found = []
+    for tile, (spills, shared, error) in zip(tiles, compiled, strict=True):
+        reason = error or ("spills" if spills else "") or tune_measure.too_large(shared, arch)
+        found.append(Found(dataclasses.astuple(tile), spills, shared, reason))
+    if all(x.problem for x in found) and not only_compile:  # then the least bad may stay
+        found = [dataclasses.replace(x, problem="" if x.problem == "spills" else x.problem) for x in found]
+    if only_compile:
+        return sorted(found, key=lambda x: bool(x.problem))
+    bench = tune_measure.Bench(problem, config)
+    alive = [n for n, x in enumerate(found) if not x.problem]
+    times: dict[int, list[float]] = {n: [] for n in alive}
+    for _ in tqdm(range(ROUNDS), desc=f"{shape.name} {field}", unit="round", disable=None):
+        for n in alive:
+            times[n].append(bench.time(field, with_tile(config, field, tiles[n])))
+    for n in alive:
+        found[n] = dataclasses.replace(found[n], ms=statistics.median(times[n]))
+    ranked = sorted(found, key=lambda x: (bool(x.problem), x.ms if x.ms is not None else float("inf")))
+    best = ranked[0].ms or 0.0
+    near = [x for x in found if not x.problem and x.ms is not None and x.ms <= best * SLACK]
+    order = near + [x for x in ranked if x not in near]
+    for position, x in enumerate(order):
+        if x.problem:
+            break
+        wrong = bench.check(with_tile(config, field, tiles[found.index(x)]))
+        if not wrong:
+            return [x, *order[:position], *order[position + 1 :]]
+        order[position] = dataclasses.replace(x, problem=wrong)
+    return sorted(order, key=lambda x: bool(x.problem))
+
+
+def write(path: Path, shape: Shape, dtype: str, chosen: dict[str, tuple[int, ...]], machine: str) -> None:
+    """Put the tiles into the entry that serves the shape."""
+    data = json.loads(path.read_text())
+    heads = shape.B * shape.H
+    entry = next(
+        x
+        for x in data["entries"]
+        if dtype in x["dtypes"]
+        and shape.K <= x["K"]
+        and shape.V <= x["V"]
+        and x["heads"][0] <= heads <= (x["heads"][1] or heads)
+    )
+    entry.update({field: list(tile) for field, tile in chosen.items()})
+    data["measured"] = machine
+    rows = ",\n".join("    " + json.dumps(x) for x in data.pop("entries"))
+    head = "".join(f"  {json.dumps(name)}: {json.dumps(value)},\n" for name, value in data.items())
+    path.write_text("{\n" + head + '  "entries": [\n' + rows + "\n  ]\n}\n")
+
+
+def table(shape: Shape, field: str, found: list[Found]) -> Table:
+    result = Table(title=f"{shape.name} {shape.sizes}: {field}")
+    for name in ("BT", "BS", "BK", "BV", "warps", "stages", "spills", "shared", "ms", ""):
+        result.add_column(name, justify="right")
+    for x in found:
+        ms = "" if x.ms is None else f"{x.ms:.3f}"
+        result.add_row(*map(str, x.tile), str(x.spills), f"{x.shared:,}", ms, x.problem)
+    return result
+
+
+def main(
+    shapes: list[str] = typer.Option(["A", "B7", "C64", "AL"], help="Glob patterns of tools.bench's shapes."),
+    dtype: str = typer.Option("bfloat16", help="Of q, k and v."),
+    kernels: list[str] = typer.Option([], help=KERNELS_HELP),
+    target: str | None = typer.Option(None, help="Architecture to compile for, without a GPU; implies --compile-only."),
+    only_compile: bool = typer.Option(False, "--compile-only", help="Stop after compiling."),
+    jobs: int = typer.Option(max(1, (os.cpu_count() or 2) - 2), min=1, help="Compiling processes."),
+    into: bool = typer.Option(False, "--write", help="Write the tiles found into kernels_triton/configs."),
+) -> None:
+    """Search the tile sizes of this GPU."""
+    try:
+        wanted = matching(SHAPES, shapes, "shapes", lambda x: x.name)
+        fields = matching(tuple(BLOCKS), kernels, "kernels", str)
+        arch = target or tune_measure.this_architecture()
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    only_compile = only_compile or target is not None
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    left_without = False
+    for shape in wanted:
+        chosen = {}
+        for field in fields:
+            found = search(shape, dtype, field, arch, jobs, only_compile)
+            if not found:
+                continue
+            console.print(table(shape, field, found))
+            if found[0].problem:
+                left_without = True
+            else:
+                chosen[field] = found[0].tile
+        if into and chosen:
+            path = tune_measure.table_path(arch)
+            write(path, shape, dtype, chosen, tune_measure.machine())
+            console.print(f"wrote {path}")
+    raise typer.Exit(int(left_without))
+
+
+if __name__ == "__main__":
+    typer.run(main)

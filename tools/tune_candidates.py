@@ -1,0 +1,60 @@
+"""Which tiles of each kernel are worth compiling. Pure; the only place that states what is valid."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from kernels_triton.config import TILES, Config, Tile, next_power_of_2
+
+# Per kernel: BT, BK, BV, num_warps, num_stages. A scan takes whole chunks or parts; BS is BT where it counts at all.
+BLOCKS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "state": ((64, 128), (64, 128), (64, 128, 256), (4, 8), (2, 3)),
+    "dstate": ((64, 128), (64, 128), (64, 128, 256), (4, 8), (2, 3)),
+    "forward": ((32, 64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)),
+    "backward": ((32, 64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)),
+    "normaliser": ((16, 32, 64), (16,), (64, 128, 256), (2, 4), (2,)),
+    "fused": ((64,), (64,), (64,), (4, 8), (1, 2, 3)),
+}
+# The kernel that a field of Config shapes; scans run twice, forward and backward.
+KERNELS = {
+    "state": ("state_scan", False),
+    "dstate": ("state_scan", True),
+    "forward": ("chunk_forward", None),
+    "backward": ("chunk_backward", None),
+    "normaliser": ("normaliser_backward", None),
+    "fused": ("fused_forward", None),
+}
+
+
+def valid(field: str, tile: Tile, config: Config, K: int, V: int) -> bool:
+    """Whether a tile may stand in a configuration for these head dims, and is not the same as a smaller one."""
+    widest_k, widest_v = (max(16, next_power_of_2(x)) for x in (K, V))
+    if tile.BT > config.L or config.L % tile.BT or tile.BK > widest_k or tile.BV > widest_v:
+        return False
+    if field in ("forward", "backward") and config.L // tile.BT > 4:
+        return False
+    return field != "fused" or (tile.BT == config.L and tile.BK >= K and tile.BV >= V)
+
+
+def candidates(field: str, config: Config, K: int, V: int) -> Iterator[Tile]:
+    """The valid tiles of one kernel, the present one first."""
+    present: Tile | None = getattr(config, field)
+    if present is None:
+        return
+    yield present
+    for BT, BK, BV, num_warps, num_stages in itertools.product(*BLOCKS[field]):
+        BS = BT if field in ("forward", "backward", "fused") else present.BS
+        tile = Tile(BT, BS, BK, BV, num_warps, num_stages)
+        if tile != present and valid(field, tile, config, K, V):
+            yield tile
+
+
+def with_tile(config: Config, field: str, tile: Tile) -> Config:
+    """The configuration with one kernel's tile changed."""
+    if field not in TILES:
+        raise ValueError(f"field: expected one of {', '.join(TILES)}, got {field!r}")
+    changed: dict[str, Any] = {field: tile}
+    return dataclasses.replace(config, **changed)

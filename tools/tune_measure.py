@@ -1,0 +1,212 @@
+"""What the search for tile sizes does with a configuration: compile it, time one of its kernels, check its results."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels_triton import config as tables
+from kernels_triton import plan
+from kernels_triton.config import Config, Tile
+from kernels_triton.launch import Launch
+from kernels_triton.problem import Problem
+from kernels_triton.validation import ArrayInfo, check_call
+
+from .bench_cases import Shape
+from .tune_candidates import KERNELS, with_tile
+
+
+def make_problem(shape: Shape, dtype: str, arch: str) -> Problem:
+    """The operator's problem on contiguous inputs; through descriptors where the PyTorch frontend does so."""
+    B, H, T, K, V = shape.sizes
+    shapes = {"q": (B, H, T, K), "k": (B, H, T, K), "v": (B, H, T, V), "i": (B, H, T), "f": (B, H, T)}
+    problem = check_call(
+        {name: ArrayInfo(x, "float32" if name in ("i", "f") else dtype, "") for name, x in shapes.items()},
+        eps=1e-6,
+        chunk_size=None,
+        qk_scale=None,
+        normalizer_grad="exact",
+        layout="bhtd",
+        precision="ieee",
+        backend="auto",
+    )
+    descriptors = arch == "sm_90" and dtype == "bfloat16" and K % 8 == 0 and V % 8 == 0
+    return dataclasses.replace(problem, arch=arch, descriptors=descriptors)
+
+
+def config_of(problem: Problem) -> Config:
+    """The configuration that the table has now."""
+    return tables.configure(problem)
+
+
+def this_architecture() -> str:
+    """Of the GPU here. Raises ValueError without one."""
+    if not torch.cuda.is_available():
+        raise ValueError("target: expected an architecture such as sm_90, since this machine has no GPU")
+    from frontend_torch.operator import architecture
+
+    return architecture(torch.device("cuda"))
+
+
+def machine() -> str:
+    """The GPU and the compiler, for the table's record."""
+    import triton
+
+    return f"{torch.cuda.get_device_name()}, Triton {triton.__version__}"
+
+
+def table_path(arch: str) -> Path:
+    """The file that holds an architecture's table."""
+    return Path(tables.__file__).parent / "configs" / f"{tables.TABLES.get(arch, tables.FALLBACK)}.json"
+
+
+def too_large(shared: int, arch: str) -> str:
+    """Why so much shared memory is too much, or nothing."""
+    limit = tables.SHARED_MEMORY[tables.TABLES.get(arch, tables.FALLBACK)]
+    return f"shared memory > {limit}" if shared > limit else ""
+
+
+def _launches(problem: Problem, config: Config) -> tuple[Launch, ...]:
+    forward = plan.forward_pass(problem, True, config)
+    return forward.launches + plan.backward_pass(problem, None, False, config).launches
+
+
+def _kernel_of(field: str, launch: Launch) -> bool:
+    name, backward = KERNELS[field]
+    return launch.name == name and backward in (None, launch.constexprs.get("BACKWARD"))
+
+
+def compile_one(shape: Shape, dtype: str, field: str, arch: str, tile: tuple[int, ...]) -> tuple[int, int, str]:
+    """(spilled bytes, shared memory, error) of one kernel; runs in a process of its own, needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    from .compile_check import CompileOnly, Driver, resources
+
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True  # the assembler reports only when it runs
+    hip = arch.startswith("gfx")
+    driver.set_active(Driver(GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch[3:]), 32)))
+    problem = make_problem(shape, dtype, arch)
+    config = with_tile(config_of(problem), field, Tile(*tile))
+    launch = next(x for x in _launches(problem, config) if _kernel_of(field, x))
+    results: list[tuple[Any, str]] = []
+    try:
+        run_one(dataclasses.replace(launch, kernel=CompileOnly(launch.kernel, results)), problem, config)
+    except Exception as error:  # a compiler's failure is a result here
+        return 0, 0, f"{type(error).__name__}: {str(error)[:60]}"
+    compiled, log = results[0]
+    return resources(compiled, log)[1], compiled.metadata.shared, ""
+
+
+def run_one(launch: Launch, problem: Problem, config: Config) -> None:
+    """Launch on tensors without memory."""
+    from frontend_torch import executor
+
+    specs = {buffer: spec for x in _launches(problem, config) for buffer, spec in x.outputs.values()}
+    B, H, T, K, V = problem.B, problem.H, problem.T, problem.K, problem.V
+    shapes = {
+        "q": (B, H, T, K),
+        "k": (B, H, T, K),
+        "v": (B, H, T, V),
+        "dh": (B, H, T, V),
+        "i": (B, H, T),
+        "f": (B, H, T),
+    }
+    env = {}
+    for name in launch.buffers:
+        half = name in ("q", "k", "v", "dh")
+        shape, dtype = (
+            (shapes[name], problem.dtype if half else "float32")
+            if name in shapes
+            else (specs[name].shape, specs[name].dtype)
+        )
+        env[name] = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    executor.launch_one(launch, env, torch.device("meta"))
+
+
+class Bench:
+    """Times kernels of one problem on the GPU, and compares whole passes with float64."""
+
+    def __init__(self, problem: Problem, config: Config) -> None:
+        from frontend_torch import executor
+
+        self.executor, self.problem = executor, problem
+        self.env = self._inputs(problem)
+        for launch in _launches(problem, config):
+            executor.launch_one(launch, self.env, self.env["q"].device)
+
+    @staticmethod
+    def _inputs(problem: Problem) -> dict[str, torch.Tensor]:
+        generator = torch.Generator("cuda").manual_seed(0)
+        B, H, T, K, V = problem.B, problem.H, problem.T, problem.K, problem.V
+        tails: dict[str, tuple[int, ...]] = {"q": (K,), "k": (K,), "v": (V,), "dh": (V,), "i": (), "f": ()}
+        env = {}
+        for name, tail in tails.items():
+            x = torch.randn((B, H, T, *tail), generator=generator, device="cuda")
+            env[name] = x.to(getattr(torch, problem.dtype)) if tail else x + 3.0 * (name == "f")
+        return env
+
+    def time(self, field: str, config: Config) -> float:
+        """Milliseconds of one kernel under a configuration."""
+        from triton.testing import do_bench
+
+        launches = [x for x in _launches(self.problem, config) if _kernel_of(field, x)]
+        if field == "fused":
+            launches += [x for x in _launches(self.problem, config) if x.name == "fused_backward"]
+        env = dict(self.env)
+
+        def call() -> None:
+            for launch in launches:
+                self.executor.launch_one(launch, env, env["q"].device)
+
+        return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
+
+    def check(self, config: Config) -> str:
+        """What is wrong with a configuration's results against float64, or nothing; twice the same bits, too."""
+        small = dataclasses.replace(
+            self.problem, B=1, H=self.problem.H if config.fused else min(4, self.problem.H), T=2048
+        )
+        strides = {n: (small.H * 2048 * d, 2048 * d, d) for n, d in (("q", small.K), ("k", small.K), ("v", small.V))}
+        strides |= {n: (small.H * 2048, 2048, 1) for n in ("i", "f")}
+        small = dataclasses.replace(small, strides=tuple(strides.items()))
+        inputs = self._inputs(small)
+        first, second = (self._results(small, config, inputs) for _ in range(2))
+        truth = self._truth(small, inputs)
+        limit = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 3e-5}[small.dtype]
+        for name, x in first.items():
+            error = float((x.double() - truth[name]).norm() / truth[name].norm())
+            if not error < limit:
+                return f"{name}: error {error:.1e} > {limit}"
+            if not torch.equal(x, second[name]):
+                return f"{name}: other bits in another run"
+        return ""
+
+    def _results(self, problem: Problem, config: Config, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        env = dict(inputs)
+        env |= self.executor.launch_all(plan.forward_pass(problem, True, config), env)
+        gradients = self.executor.launch_all(plan.backward_pass(problem, None, False, config), env)
+        return {"h": env["h"], **gradients}
+
+    @staticmethod
+    def _truth(problem: Problem, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        from kernels_triton import reference
+
+        leaves = [inputs[name].double().requires_grad_() for name in ("q", "k", "v", "i", "f")]
+        head = (problem.B, problem.H)
+        zeros = [leaves[0].new_zeros(s) for s in ((*head, problem.K, problem.V), (*head, problem.K), head)]
+        h, _ = reference.chunkwise(
+            *leaves,
+            *zeros,
+            chunk_size=64,
+            scale=problem.scale,
+            eps=problem.eps,
+            normalizer_grad="exact",
+            stop_gradient=torch.Tensor.detach,
+        )
+        gradients = torch.autograd.grad(h, leaves, inputs["dh"].double())
+        return {"h": h.detach(), **{f"d{n}": x for n, x in zip("qkvif", gradients, strict=True)}}
