@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32
 
 from kernels_triton import reference
 from kernels_triton.backend import choose_backend
-from kernels_triton.problem import Problem
+from kernels_triton.problem import Problem, architecture
 from kernels_triton.validation import ArrayInfo, check_call
 
 from .executor import run, varying
@@ -40,12 +40,9 @@ def device_of(x: Any) -> Any:
     return next(iter(devices)) if devices else default or jax.devices()[0]
 
 
-def architecture(device: Any) -> str:
-    """The GPU architecture, as the tables of tile sizes know it; "sm_90" without a GPU."""
-    capability = str(getattr(device, "compute_capability", ""))
-    if capability.startswith("gfx"):
-        return capability.split(":")[0]
-    return "sm_" + capability.replace(".", "") if capability else "sm_90"
+def architecture_of(x: Any) -> str:
+    """The architecture of x's device, as the tables of tile sizes know it."""
+    return architecture(str(getattr(device_of(x), "compute_capability", "")))
 
 
 def platform_of(x: Any) -> str:
@@ -199,7 +196,7 @@ def mlstm_chunkwise(
         backend=backend,
         save_states=save_states,
     )
-    problem = dataclasses.replace(problem, arch=architecture(device_of(q)))
+    problem = dataclasses.replace(problem, arch=architecture_of(q))
     static = _Static(problem, choose_backend(backend, platform_of(q)), return_last_states)
     arrays = varying({name: jnp.asarray(x) for name, x in given.items() if x is not None})
     if "m_initial" in arrays:

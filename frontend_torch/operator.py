@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels_triton import reference
 from kernels_triton.backend import choose_backend
-from kernels_triton.problem import MAX_TOKEN_STRIDE, MIN_DESCRIPTORS, Problem, Strides, suits_descriptors
+from kernels_triton.problem import MAX_TOKEN_STRIDE, MIN_DESCRIPTORS, Problem, Strides, architecture, suits_descriptors
 from kernels_triton.validation import ArrayInfo, check_call
 
 from .executor import dtype_name, run
@@ -37,14 +37,14 @@ def platform_of(x: Tensor) -> str:
 
 
 @functools.cache
-def architecture(device: torch.device) -> str:
-    """The GPU architecture, as the tables of tile sizes know it; "sm_90" without a GPU."""
+def architecture_of(device: torch.device) -> str:
+    """The architecture of a device, as the tables of tile sizes know it."""
     if device.type != "cuda":
-        return "sm_90"
+        return architecture("")
     if torch.version.hip:
-        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+        return architecture(torch.cuda.get_device_properties(device).gcnArchName)
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    return architecture(f"{major}.{minor}")
 
 
 def readable(x: Tensor, layout: str) -> Tensor:
@@ -98,6 +98,10 @@ class _Chunkwise(torch.autograd.Function):
 
         problem: Problem = ctx.problem
         env = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        # Hooks on saved tensors (offloading, say) may bring them back in other memory.
+        strides = {name: head_strides(env[name], problem.layout) if name in env else s for name, s in problem.strides}
+        suit = problem.descriptors and all(_suits(env[name]) for name in ("q", "k", "v"))
+        problem = dataclasses.replace(problem, strides=tuple(strides.items()), descriptors=suit)
         dh, *dlast = cotangents
         env["dh"] = torch.zeros_like(env["h"]) if dh is None else readable(dh, problem.layout)
         if problem.descriptors and not _suits(env["dh"]):
@@ -124,7 +128,7 @@ def _descriptors(problem: Problem, backend: str, tensors: tuple[Tensor | None, .
         return False
     if os.environ.get("MLSTM_DESCRIPTORS") == "0" or platform_of(q) != "cuda":
         return False
-    return architecture(q.device) == "sm_90" and all(_suits(x) for x in (q, k, v))
+    return architecture_of(q.device) == "sm_90" and all(_suits(x) for x in (q, k, v))
 
 
 def _suits(x: Tensor) -> bool:
@@ -168,11 +172,13 @@ def _kernels(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...])
     if transposed:
         tensors = tuple(x.transpose(1, 2) if x is not None and n < 5 else x for n, x in enumerate(tensors))
     layout = "bthd" if transposed else problem.layout
+    q = tensors[0]
+    assert q is not None
     problem = dataclasses.replace(
         problem,
         strides=tuple(strides.items()),
         layout=layout,
-        arch=architecture(tensors[0].device) if tensors[0] is not None else problem.arch,
+        arch=architecture_of(q.device),
         descriptors=_descriptors(problem, backend, tensors),
     )
     save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)

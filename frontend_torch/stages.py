@@ -12,7 +12,7 @@ from kernels_triton.backend import choose_backend, interpreting
 from kernels_triton.stage_api import StageFunctions
 
 from .executor import run
-from .operator import describe, platform_of
+from .operator import architecture_of, describe, platform_of
 
 __all__ = [
     "_mlstm_chunkwise__parallel_bw_dQKV",
@@ -24,10 +24,10 @@ __all__ = [
 
 
 def _run(plan: Callable[..., Any], arrays: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
-    call = plan({name: describe(name, x) for name, x in arrays.items()})
     tensors = {name: x.detach().contiguous() for name, x in arrays.items() if x is not None}
-    platform = platform_of(next(iter(tensors.values())))
-    backend = choose_backend("interpret" if interpreting() else "triton", platform)
+    first = next(iter(tensors.values()))
+    call = plan({name: describe(name, x) for name, x in arrays.items()}, architecture_of(first.device))
+    backend = choose_backend("interpret" if interpreting() else "triton", platform_of(first))
     results = run(call.program, {buffer: tensors[name] for buffer, name in call.arguments.items()}, backend)
     return tuple(results[buffer].reshape(shape) if buffer else None for buffer, shape in call.returns)
 

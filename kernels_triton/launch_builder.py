@@ -34,8 +34,8 @@ class LaunchBuilder:
         self.rows = (problem.B, problem.H, self.NT * self.L)
         self.strides: dict[str, Strides] = dict(problem.strides)
         self.state_dtype = "bfloat16" if problem.dtype == "bfloat16" else "float32"
-        # float16 has tf32's mantissa, so its weighted products lose nothing in tf32.
         self.descriptors = problem.descriptors
+        # float16 has tf32's mantissa, so its weighted products lose nothing in tf32.
         self.precision = "tf32" if problem.dtype == "float16" else problem.precision
 
     @property

@@ -14,11 +14,9 @@ INITIAL = ("c_initial", "n_initial", "m_initial")
 LAST = ("c_last", "n_last", "m_last")
 # What the backward pass reads besides the inputs.
 SAVED = (*GATES, "floor", "picked", "states", "norms", "c_last", "n_last", "h", "r")
+STATES = ("states", "norms")
 GRADIENTS = ("dq", "dk", "dv", "di", "df")
 GRADIENTS_INITIAL = ("dc_initial", "dn_initial", "dm_initial")
-
-
-STATES = ("states", "norms")
 
 
 @functools.lru_cache(maxsize=1024)

@@ -21,6 +21,16 @@ PRECISIONS = ("ieee", "tf32x3", "tf32")
 BACKENDS = ("triton", "interpret", "reference", "auto")
 
 
+DEFAULT_ARCH = "sm_90"  # whose tile sizes are taken where there is no GPU
+
+
+def architecture(capability: str) -> str:
+    """The tables' name of a GPU architecture: of a compute capability such as "9.0", or of "gfx942:sramecc+"."""
+    if capability.startswith("gfx"):
+        return capability.split(":")[0]
+    return "sm_" + capability.replace(".", "") if capability else DEFAULT_ARCH
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call of the operator. Strides are those of the (batch, head, token) axes, in elements."""
@@ -41,7 +51,7 @@ class Problem:
     normalizer_grad: str
     precision: str
     has_initial: bool
-    arch: str = "sm_90"  # whose tile sizes to take; also where there is no GPU
+    arch: str = DEFAULT_ARCH  # whose tile sizes to take
     save_states: bool = True  # for the backward pass; otherwise it computes them again
     descriptors: bool = False  # read q, k, v and states through tensor descriptors: the same bits, sooner
 

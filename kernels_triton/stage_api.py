@@ -9,8 +9,9 @@ from . import stages
 from .validation import ArrayInfo
 
 Array = Any
-# The stage's plan for these arrays and options, executed: what the frontend brings.
-Run = Callable[[Callable[[Mapping[str, ArrayInfo | None]], stages.StageCall], dict[str, Array | None]], tuple[Any, ...]]
+# A stage's plan for given arrays on a GPU architecture, and its execution: what the frontend brings.
+Plan = Callable[[Mapping[str, ArrayInfo | None], str], stages.StageCall]
+Run = Callable[[Plan, dict[str, Array | None]], tuple[Any, ...]]
 
 
 class StageFunctions:
@@ -20,7 +21,7 @@ class StageFunctions:
         self._execute, self._zeros_like = run, zeros_like
 
     def _run(self, name: str, arrays: dict[str, Array | None], **options: Any) -> tuple[Any, ...]:
-        return self._execute(lambda infos: stages.STAGES[name](infos, options), arrays)
+        return self._execute(lambda infos, arch: stages.STAGES[name](infos, {**options, "arch": arch}), arrays)
 
     def _mlstm_chunkwise__recurrent_fw_C(
         self,

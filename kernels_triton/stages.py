@@ -14,7 +14,7 @@ from typing import Any
 
 from .builder import Builder
 from .launch import Launch, Pass
-from .problem import Problem, contiguous_strides
+from .problem import DEFAULT_ARCH, Problem, contiguous_strides
 from .validation import STATES, ArrayInfo, check_call, check_chunk_size
 
 Infos = Mapping[str, ArrayInfo | None]
@@ -85,6 +85,7 @@ def _problem(infos: Infos, options: Mapping[str, Any], chunked: bool) -> Problem
         backend="auto",
         strides=strides,
     )
+    problem = dataclasses.replace(problem, arch=options.get("arch", DEFAULT_ARCH))
     K = problem.K
     expected = {
         "scaM_inter": (B, H, NT + 1),

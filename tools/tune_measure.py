@@ -46,9 +46,9 @@ def this_architecture() -> str:
     """Of the GPU here. Raises ValueError without one."""
     if not torch.cuda.is_available():
         raise ValueError("target: expected an architecture such as sm_90, since this machine has no GPU")
-    from frontend_torch.operator import architecture
+    from frontend_torch.operator import architecture_of
 
-    return architecture(torch.device("cuda"))
+    return architecture_of(torch.device("cuda"))
 
 
 def machine() -> str:
