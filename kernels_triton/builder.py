@@ -281,6 +281,7 @@ class Builder(FusedBuilder):
             HAS_NORMS=norms,
             HAS_INNER=inner,
             BTHD=p.layout == "bthd",
+            PAIRS=p.dtype == "float32",
             **self.arithmetic,
         )
 

@@ -86,5 +86,6 @@ class FusedBuilder(LaunchBuilder):
             HAS_LAST=has_dlast,
             HAS_INITIAL=p.has_initial,
             BTHD=p.layout == "bthd",
+            PAIRS=p.dtype == "float32",
             **self.arithmetic,
         )

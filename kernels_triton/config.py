@@ -9,13 +9,16 @@ from dataclasses import dataclass, fields
 from importlib import resources
 from typing import Any
 
-from .problem import MIN_CHUNK, Problem
+from .problem import Problem
 
 # Shared memory of one program, bytes, by architecture: what a configuration must fit.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 # The table of each architecture that has one or shares one; any other takes the one with the smallest shared memory.
 TABLES = {"sm_80": "sm_80", "sm_87": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}
 FALLBACK = "gfx942"
+# The least BK and BV. The assembler of Triton up to 3.7.1 (ptxas 12.8) gives some Hopper products of narrower tiles a
+# wrong address, silently (docs/validation.md).
+MIN_BLOCK = {"float32": 16, "bfloat16": 64, "float16": 64}
 # As many programs as occupy a large GPU: from here on one program per head is enough.
 MANY_HEADS = 128
 
@@ -74,20 +77,21 @@ def _suits(entry: Mapping[str, Any], problem: Problem) -> bool:
 def configure(problem: Problem) -> Config:
     """The configuration for a problem; valid for every K, V up to 512 and every chunk size.
 
-    Validity: blocks are powers of two of at least 16; BT and BS divide L; a chunk has at most four tiles of BT tokens.
+    Validity: blocks are powers of two of at least 16; BT and BS divide L; a chunk has at most eight tiles of BT tokens.
     """
     entry = next(x for x in table(problem.arch) if _suits(x, problem))
     L: int = problem.chunk_size or entry["L"]
 
     def tile(name: str) -> Tile:
         BT, BS, BK, BV, num_warps, num_stages = entry[name]
-        if name in ("forward", "backward"):  # chunks longer than the table's
-            BT, BS = max(BT, L // 4), max(BS, L // 4)
+        if name in ("forward", "backward") and L > entry["L"]:  # a program holds a row of scores as long as the chunk
+            least = min(64, L // 4)
+            BT, BS, num_warps, num_stages = max(BT, least), max(BS, least), max(num_warps, L // 64), 1
         return Tile(
             BT=min(BT, L),
             BS=min(BS, L),
-            BK=min(BK, max(MIN_CHUNK, next_power_of_2(problem.K))),
-            BV=min(BV, max(MIN_CHUNK, next_power_of_2(problem.V))),
+            BK=min(BK, max(MIN_BLOCK[problem.dtype], next_power_of_2(problem.K))),
+            BV=min(BV, max(MIN_BLOCK[problem.dtype], next_power_of_2(problem.V))),
             num_warps=num_warps,
             num_stages=num_stages,
         )

@@ -52,7 +52,6 @@ class LaunchBuilder:
     def arithmetic(self) -> dict[str, Any]:
         """The constexprs of kernels that multiply tiles."""
         return {
-            "PAIRS": self.p.dtype == "float32",
             "SOURCE": int(self.descriptors),
             "BF16": self.p.dtype == "bfloat16",
             "PRECISION": self.precision,

@@ -3,8 +3,8 @@
     python -m tools.compile_check [--target sm_90 ...] [--heads 128x256 ...] [--dtype bfloat16 ...] [--json PATH]
 
 The PyTorch side runs the frontend's own executor on tensors without memory, against a driver that only names a target;
-the JAX side lowers the frontend's own executor for CUDA. Exit code 1 if the PTX differs, a kernel does not compile, or
-its shared memory exceeds the target's.
+the JAX side lowers the frontend's own executor for CUDA. Exit code 1 if the PTX differs, a kernel does not compile, its
+shared memory exceeds the target's, or its Hopper code has a known defect of the assembler (sass.py).
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from . import sass
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 HEADS = ("64x64", "128x128", "128x256", "256x512")
 DTYPES = ("bfloat16", "float32")
@@ -48,11 +50,12 @@ class Compiled:
     spills: int  # bytes spilled per thread; on AMD spilled vector registers
     shared: int  # bytes per program
     shared_limit: int
+    defects: int = 0  # instructions that the assembler got wrong (tools/sass.py)
     same_as_jax: bool | None = None  # None: no JAX lowering for this target here
 
     @property
     def ok(self) -> bool:
-        return self.shared <= self.shared_limit and self.same_as_jax is not False
+        return self.shared <= self.shared_limit and self.same_as_jax is not False and not self.defects
 
 
 def _problem(heads: str, dtype: str, normalizer_grad: str) -> Any:
@@ -165,7 +168,9 @@ def _through_torch(target: str, heads: str, dtype: str) -> list[tuple[Compiled, 
             if code not in found:
                 registers, spills = resources(compiled, log)
                 facts = (compiled.name, variant, registers, spills, compiled.metadata.shared, SHARED_MEMORY[target])
-                found[code] = (Compiled(target, heads, dtype, *facts), code)
+                cubin = compiled.asm["cubin"] if target == "sm_90" else None
+                defects = len(sass.wrong_addresses(sass.disassemble(cubin))) if cubin else 0
+                found[code] = (Compiled(target, heads, dtype, *facts, defects), code)
     return list(found.values())
 
 
@@ -224,7 +229,8 @@ def _table(rows: list[Compiled]) -> Table:
             False: "[red]DIFFERENT[/red]",
         }[x.same_as_jax]
         shared = f"{x.shared:,}" if x.shared <= x.shared_limit else f"[red]{x.shared:,}[/red]"
-        numbers = (str(x.registers), str(x.spills), shared, f"{x.shared_limit:,}")
+        spills = f"{x.spills} [red]{x.defects} DEFECTS[/red]" if x.defects else str(x.spills)
+        numbers = (str(x.registers), spills, shared, f"{x.shared_limit:,}")
         table.add_row(x.target, x.heads, x.dtype, x.kernel, x.variant, *numbers, same)
     return table
 
@@ -266,7 +272,8 @@ def main(
     fitting = sum(x.shared <= x.shared_limit for x in rows)
     console.print(
         f"Triton {triton.__version__}: {len(rows)} kernels compiled; PTX equal for {sum(same)} of {len(same)} lowered "
-        f"through JAX; shared memory within limits for {fitting}; {sum(x.spills > 0 for x in rows)} with spills"
+        f"through JAX; shared memory within limits for {fitting}; {sum(x.spills > 0 for x in rows)} with spills; "
+        f"{sum(x.defects > 0 for x in rows)} with defects of the assembler"
     )
     if failures or not all(x.ok for x in rows):
         raise typer.Exit(1)

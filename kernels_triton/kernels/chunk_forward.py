@@ -32,7 +32,6 @@ def rows_forward(
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
     STORE_D: tl.constexpr,
-    PAIRS: tl.constexpr,
     SOURCE: tl.constexpr,
     STATES: tl.constexpr,
     BF16: tl.constexpr,
@@ -62,7 +61,8 @@ def rows_forward(
     for y in tl.static_range(COUNT):
         t_k = y * BT + tl.arange(0, BT)
         c_hi, c_lo = load_pair(p_c, t_k, padded)
-        b_s = exp2_difference(c_hi[None, :], c_lo[None, :], a_hi[:, None], a_lo[:, None], PAIRS) * SCALE * scores[y]
+        # Of pairs: where r nearly cancels it shows any error of its terms, and the gradients show it twice.
+        b_s = exp2_difference(c_hi[None, :], c_lo[None, :], a_hi[:, None], a_lo[:, None], True) * SCALE * scores[y]
         if y == COUNT - 1:
             b_s = tl.where(t_k[None, :] <= t_q[:, None], b_s, 0.0)
         b_r += tl.sum(b_s, 1)
@@ -116,7 +116,6 @@ def chunk_forward(
     EPS: tl.constexpr,
     STORE_D: tl.constexpr,
     BTHD: tl.constexpr,
-    PAIRS: tl.constexpr,
     SOURCE: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -150,6 +149,5 @@ def chunk_forward(
             rows_forward(
                 q_view, k_view, v_view, c + o_pair, a + o_pair, beta + o_row, floor + o_row, state, p_norm,
                 h + o_h, h_row, r + o_row, d + head * T + t, T - t, padded,
-                K, V, BT, BK, BV, tile + 1, SCALE, EPS, STORE_D, PAIRS, SOURCE, SOURCE, BF16,
-                PRECISION,
+                K, V, BT, BK, BV, tile + 1, SCALE, EPS, STORE_D, SOURCE, SOURCE, BF16, PRECISION,
             )  # fmt: skip

@@ -210,7 +210,7 @@ def store_pair(x, o, plane, value, mask):
 def exp2_difference(x_hi, x_lo, y_hi, y_lo, PAIRS: tl.constexpr):
     """2 ** (x - y) of two pairs; differences of long prefix sums keep all their digits this way.
 
-    Without PAIRS of the leading parts alone: enough for inputs of half precision, and half the registers.
+    Without PAIRS of the leading parts alone: half the registers, and enough for half-precision gradients.
     """
     if PAIRS:
         y = tl.exp2((x_hi - y_hi) + (x_lo - y_lo))

@@ -71,7 +71,6 @@ def fused_forward(
     HAS_INITIAL: tl.constexpr,
     SAVE: tl.constexpr,
     BTHD: tl.constexpr,
-    PAIRS: tl.constexpr,
     SOURCE: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -105,7 +104,7 @@ def fused_forward(
         rows_forward(
             (b_q,), (b_k,), (b_v,), c + o_pair, a + o_pair, beta + o_row, floor + o_row, (b_state,), b_norm, h + o_h,
             h_row, r + o_row, r, T - t, padded,
-            K, V, L, BK, BV, 1, SCALE, EPS, False, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
+            K, V, L, BK, BV, 1, SCALE, EPS, False, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         decay = tl.load(gamma + o_chunk)
         b_state, b_norm = advance(
@@ -179,8 +178,9 @@ def fused_backward(
     if HAS_LAST:
         b_state = load_state((dc_last + o_state,), 0, 0, K, V, BK, BV, POINTERS).to(tl.float32)
         b_norm = load_vector(dn_last + head * K, o_k, K, BK).to(tl.float32)
-        b_c = load_state((c_last + o_state,), 0, 0, K, V, BK, BV, POINTERS)
-        product = inner_product(b_state, b_c, BK * BV) + tl.sum(b_norm * load_vector(n_last + head * K, o_k, K, BK), 0)
+        b_last = load_state((c_last + o_state,), 0, 0, K, V, BK, BV, POINTERS)
+        product = inner_product(b_state, b_last, BK * BV)
+        product += tl.sum(b_norm * load_vector(n_last + head * K, o_k, K, BK), 0)
     tl.store(outer + head * 2, product)
 
     for step in range(0, n_chunks):

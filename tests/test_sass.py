@@ -1,0 +1,39 @@
+"""The scan of Hopper code for the assembler's defect, on what ptxas 12.8 and 12.9 made of the same kernel."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools.sass import wrong_addresses
+
+LOAD = "        /*0040*/                   ULDC.64 UR16, c[0x0][0x208] ;    /* 0x0000820000107ab9 */\n"
+USE = "        /*3770*/                   LDG.E.128 R60, desc[UR16][R60.64] ;    /* 0x000000103c3c7981 */\n"
+BASE = "        /*6750*/                   USGXT.U32 UR12, UR4, 0xe ;    /* 0x0000000e040c789a */\n"
+WRONG = (
+    "        /*6850*/                   UIADD3 UR4, UP0, UR16, 0x20, URZ ;    /* 0x000000201004 */\n"
+    "        /*6860*/                   UIADD3.X UR5, UR16, -0x3ffffff0, URZ, UP0, !UPT ;    /* 0xc000 */\n"
+)
+RIGHT = "        /*6850*/                   UIADD3 UR4, UP0, UR12, 0x20, URZ ;    /* 0x000000200c04 */\n"
+COPY = "        /*0050*/                   UMOV UR8, UR16 ;    /* 0x0000001000087c82 */\n"
+REUSE = "        /*6740*/                   USHF.R.U32.HI UR16, URZ, 0x4, UR4 ;    /* 0x000000043f107899 */\n"
+
+
+def test_arithmetic_on_the_global_descriptor_is_found():
+    assert len(wrong_addresses(LOAD + USE + BASE + WRONG)) == 2
+
+
+@pytest.mark.parametrize("predicate", ["@P0 ", "@!UP1 "])
+def test_predicated_too(predicate):
+    assert wrong_addresses(LOAD + WRONG.replace("UIADD3 ", predicate + "UIADD3 "))
+
+
+def test_through_a_copy():
+    assert wrong_addresses(LOAD + COPY + WRONG.replace("UR16", "UR8"))
+
+
+def test_sound_code_is_not_reported():
+    assert wrong_addresses(LOAD + USE + BASE + RIGHT) == []
+
+
+def test_a_register_that_holds_something_else_by_then():
+    assert wrong_addresses(LOAD + USE + REUSE + WRONG.splitlines(keepends=True)[0]) == []

@@ -1,0 +1,53 @@
+"""Looks in compiled Hopper code for a defect of the assembler: a matrix product that reads from a wrong address.
+
+ptxas 12.8, which Triton ships up to 3.7.1, sometimes computes a shared-memory descriptor of wgmma from the wrong
+uniform register, the one that holds the descriptor of global memory. The product then reads garbage, without an error.
+12.9 and 13.0 compile the same PTX well. Nothing else computes with the global descriptor, so that betrays the defect.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)\s*(.*?);")
+GLOBAL_DESCRIPTOR = "c[0x0][0x208]"
+
+
+def disassemble(cubin: bytes) -> str:
+    """SASS, through the tool that Triton ships. Raises RuntimeError where it has none."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        raise RuntimeError(f"cuobjdump: expected in Triton's package, at {tool}")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def wrong_addresses(sass: str) -> list[str]:
+    """The instructions that compute with the descriptor of global memory. Follows registers in the code's order."""
+    holders: set[int] = set()  # uniform registers that hold the descriptor
+    found = []
+    for line in sass.splitlines():
+        match = INSTRUCTION.match(line)
+        if not match:
+            continue
+        operation, operands = match.groups()
+        registers = [int(x) for x in re.findall(r"\bUR(\d+)\b", operands)]
+        if not operation.startswith(("U", "R2UR", "S2UR")) or not registers:
+            continue
+        target, *sources = registers
+        reads = operation.startswith("U") and any(x in holders for x in sources)
+        if reads and not operation.startswith("UMOV"):
+            found.append(f"{operation} {operands}")
+        targets = {target, target + 1} if ".64" in operation else {target}
+        if GLOBAL_DESCRIPTOR in operands or (reads and operation.startswith("UMOV")):
+            holders |= targets
+        else:
+            holders -= targets
+    return found
