@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from importlib import resources
 from typing import Any
 
-from .problem import Problem
+from .problem import LONGEST_CHUNK, Problem
 
 # Shared memory of one program, bytes, by architecture: what a configuration must fit.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
@@ -86,7 +86,8 @@ def configure(problem: Problem) -> Config:
         BT, BS, BK, BV, num_warps, num_stages = entry[name]
         if name in ("forward", "backward") and L > entry["L"]:  # a program holds a row of scores as long as the chunk
             least = min(64, L // 4)
-            BT, BS, num_warps, num_stages = max(BT, least), max(BS, least), max(num_warps, L // 64), 1
+            BT, BS, num_warps = max(BT, least), max(BS, least), max(num_warps, L // 64)
+            num_stages = 1 if L > LONGEST_CHUNK else num_stages
         return Tile(
             BT=min(BT, L),
             BS=min(BS, L),

@@ -9,6 +9,9 @@ Strides = tuple[int, int, int]
 
 MAX_HEAD_DIM = 512
 MIN_CHUNK, MAX_CHUNK = 16, 512
+# The longest chunk that the operator computes in: beyond, each program's row of scores leaves the registers. The stage
+# functions, whose states are those of the chunks asked for, compute in any.
+LONGEST_CHUNK = 256
 # Offsets inside a chunk are computed in 32 bits: the most elements from one token to the next.
 MAX_TOKEN_STRIDE = 2**31 // MAX_CHUNK - 1
 # Elements of q and v together from which descriptors pay for being made.

@@ -85,7 +85,7 @@ def _problem(infos: Infos, options: Mapping[str, Any], chunked: bool) -> Problem
         backend="auto",
         strides=strides,
     )
-    problem = dataclasses.replace(problem, arch=options.get("arch", DEFAULT_ARCH))
+    problem = dataclasses.replace(problem, chunk_size=chunk_size, arch=options.get("arch", DEFAULT_ARCH))
     K = problem.K
     expected = {
         "scaM_inter": (B, H, NT + 1),
