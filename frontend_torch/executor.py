@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from kernels_triton import interpreter
-from kernels_triton.launch import Descriptor, Launch, Operand, Pass, Spec
+from kernels_triton.launch import Descriptor, Launch, Operand, Pass
+
+ALIGNMENT = 16  # bytes: what Triton specialises pointers on
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -17,8 +20,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _empty(spec: Spec, device: torch.device) -> Tensor:
-    return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+@functools.cache
+def _dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _operand(x: Operand, env: Mapping[str, Tensor]) -> Any:
@@ -29,30 +34,41 @@ def _operand(x: Operand, env: Mapping[str, Tensor]) -> Any:
     return env[x] if isinstance(x, str) else x
 
 
-def launch_one(launch: Launch, env: dict[str, Tensor], device: torch.device) -> None:
-    """Run one launch on the tensors of env, and add its outputs to them."""
-    operands = [_operand(x, env) for x in launch.operands.values()]
+def launch_one(launch: Launch, env: dict[str, Tensor], device: torch.device, aligned: bool = False) -> None:
+    """Run one launch on the tensors of env, and add its outputs to them.
+
+    aligned: all inputs are aligned to ALIGNMENT, as the outputs are. Then nothing that Triton specialises a kernel on
+    can differ between two runs of a launch: the second one goes to the compiled kernel, in a tenth of the time.
+    """
+    arguments = [env[x] if isinstance(x, str) else _operand(x, env) for x in launch.operands.values()]
     for buffer, spec in launch.outputs.values():
-        env[buffer] = _empty(spec, device)
-    outputs = [env[buffer] for buffer, _ in launch.outputs.values()]
-    launch.kernel[(launch.grid,)](
-        *operands,
-        *outputs,
+        env[buffer] = x = torch.empty(spec.shape, dtype=_dtype(spec.dtype), device=device)
+        arguments.append(x)
+    compiled = launch.compiled.get(device.index) if aligned else None
+    if compiled is not None:
+        compiled[(launch.grid, 1, 1)](*arguments, *launch.constants)
+        return
+    compiled = launch.kernel[(launch.grid,)](
+        *arguments,
         **launch.constexprs,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         enable_fp_fusion=True,
     )
+    if aligned and hasattr(compiled, "packed_metadata"):  # a finished kernel, not one that is still being compiled
+        launch.compiled[device.index] = compiled
 
 
 def launch_all(program: Pass, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run every launch on the tensors' device; returns the pass's results by name. Never synchronises."""
     env = {name: tensors[name] for name in program.inputs}
     device = env["q"].device
+    aligned = all(x.data_ptr() % ALIGNMENT == 0 for x in env.values())
     with torch.cuda.device_of(env["q"]):
-        for launch, needed in zip(program.launches, program.needed, strict=True):
-            launch_one(launch, env, device)
-            env = {name: x for name, x in env.items() if name in needed}
+        for launch, spent in zip(program.launches, program.spent, strict=True):
+            launch_one(launch, env, device, aligned)
+            for name in spent:
+                del env[name]
     return env
 
 

@@ -56,7 +56,8 @@ def readable(x: Tensor, layout: str) -> Tensor:
 
 def head_strides(x: Tensor, layout: str) -> Strides:
     """Strides of the batch, head and token axes. An axis of size 1 is never stepped along: its stride counts as 0."""
-    b, s1, s2 = (stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+    (n0, n1, n2, *_), (b, s1, s2, *_) = x.shape, x.stride()
+    b, s1, s2 = b if n0 > 1 else 0, s1 if n1 > 1 else 0, s2 if n2 > 1 else 0
     return (b, s2, s1) if layout == "bthd" else (b, s1, s2)
 
 
@@ -78,7 +79,9 @@ class _Chunkwise(torch.autograd.Function):
     """The kernels' two passes. Tensors are (B, H, T, ...) or (B, T, H, ...) as the problem's layout says."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, backend: str, save: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, problem: Problem, backend: str, save: bool, last: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         from kernels_triton import plan
 
         env = {name: x for name, x in zip(NAMES, tensors, strict=True) if x is not None}
@@ -86,7 +89,8 @@ class _Chunkwise(torch.autograd.Function):
         if not save:
             return tuple(results[name] for name in ("h", *plan.LAST))
         saved = {**{name: x for name, x in env.items() if name not in ("i", "m_initial")}, **results}
-        saved.pop("m_last")
+        for name in plan.LAST if not last else plan.LAST[2:]:
+            del saved[name]
         ctx.problem, ctx.backend, ctx.names = problem, backend, tuple(saved)
         ctx.save_for_backward(*saved.values())
         ctx.set_materialize_grads(False)
@@ -118,7 +122,7 @@ class _Chunkwise(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: a constant cotangent must not make the gradients look constant
             anchors = [x for x in env.values() if x.requires_grad]
             results = dict(zip(results, _FirstOnly.apply(len(anchors), *anchors, *results.values()), strict=True))
-        return (None, None, None, *(results.get(f"d{name}") for name in NAMES))
+        return (None, None, None, None, *(results.get(f"d{name}") for name in NAMES))
 
 
 def _descriptors(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...]) -> bool:
@@ -156,7 +160,8 @@ def _reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple[Te
     return (h.transpose(1, 2) if problem.layout == "bthd" else h), last
 
 
-def _kernels(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, States]:
+def _kernels(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...], last: bool) -> tuple[Tensor, States]:
+    """last: the states may get cotangents."""
     tensors = tuple(
         x
         if x is None
@@ -182,7 +187,7 @@ def _kernels(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...])
         descriptors=_descriptors(problem, backend, tensors),
     )
     save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)
-    h, c, n, m = _Chunkwise.apply(problem, backend, save, *tensors)
+    h, c, n, m = _Chunkwise.apply(problem, backend, save, last, *tensors)
     return (h.transpose(1, 2) if transposed else h), (c, n, m)
 
 
@@ -258,5 +263,5 @@ def mlstm_chunkwise(
     if backend_used == "reference":
         h, last = _reference(problem, tensors)
     else:
-        h, last = _kernels(problem, backend_used, tensors)
+        h, last = _kernels(problem, backend_used, tensors, return_last_states)
     return (h, last) if return_last_states else h

@@ -121,7 +121,7 @@ class Builder(FusedBuilder):
             V=p.V,
             UNIT=unit,
             BACKWARD=backward,
-            SOURCE=int(self.descriptors),
+            SOURCE=self.source(tile),
             BF16=p.dtype == "bfloat16",
             PRECISION=self.precision,
             **flags,
@@ -210,6 +210,7 @@ class Builder(FusedBuilder):
             EPS=p.eps,
             STORE_D=store_d,
             BTHD=p.layout == "bthd",
+            SOURCE=self.source(tile),
             **self.arithmetic,
         )
 
@@ -254,8 +255,6 @@ class Builder(FusedBuilder):
             chunk_backward,
             {
                 **tokens,
-                "q_plain": "q",
-                "k_plain": "k",
                 **{name: name for name in ("c", "a", "alpha", *NORMALISER)},
                 "states": self._states(tile, "states"),
                 "norms": "norms" if norms else None,
@@ -282,6 +281,7 @@ class Builder(FusedBuilder):
             HAS_INNER=inner,
             BTHD=p.layout == "bthd",
             PAIRS=p.dtype == "float32",
+            SOURCE=self.source(tile),
             **self.arithmetic,
         )
 

@@ -44,12 +44,13 @@ class FusedBuilder(LaunchBuilder):
             HAS_INITIAL=p.has_initial,
             SAVE=save,
             BTHD=p.layout == "bthd",
+            SOURCE=self.source(tile),
             **self.arithmetic,
         )
 
     def fused_backward(self, has_dlast: bool) -> Launch:
         """dq, dk, dv, the initial state's gradient, and what the gates' gradients need, for small heads."""
-        p, tile = self.p, self.config.fused
+        p, tile = self.p, self.config.dfused
         assert tile is not None
         head = (p.B, p.H)
         tokens, unit = self._tokens(tile, ("q", "q"), ("k", "k"), ("v", "v"), ("dh", "dh"))
@@ -87,5 +88,6 @@ class FusedBuilder(LaunchBuilder):
             HAS_INITIAL=p.has_initial,
             BTHD=p.layout == "bthd",
             PAIRS=p.dtype == "float32",
+            SOURCE=self.source(tile),
             **self.arithmetic,
         )

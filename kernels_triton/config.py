@@ -38,6 +38,7 @@ class Tile:
     BV: int
     num_warps: int
     num_stages: int
+    descriptors: int = 1  # 0: by pointers even where descriptors may be had; some kernels are faster so
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,11 @@ class Config:
     forward: Tile
     backward: Tile
     normaliser: Tile
-    fused: Tile | None = None  # many small heads: instead of state, dstate, forward and backward
+    fused: Tile | None = None  # many small heads: instead of state and forward
+    dfused: Tile | None = None  # and instead of dstate and backward; both or none
 
 
+FUSED = ("fused", "dfused")
 TILES = tuple(x.name for x in fields(Config) if x.name not in ("L", "gates"))
 
 
@@ -83,7 +86,7 @@ def configure(problem: Problem) -> Config:
     L: int = problem.chunk_size or entry["L"]
 
     def tile(name: str) -> Tile:
-        BT, BS, BK, BV, num_warps, num_stages = entry[name]
+        BT, BS, BK, BV, num_warps, num_stages, *descriptors = entry[name]
         if name in ("forward", "backward") and L > entry["L"]:  # a program holds a row of scores as long as the chunk
             least = min(64, L // 4)
             BT, BS, num_warps = max(BT, least), max(BS, least), max(num_warps, L // 64)
@@ -95,9 +98,10 @@ def configure(problem: Problem) -> Config:
             BV=min(BV, max(MIN_BLOCK[problem.dtype], next_power_of_2(problem.V))),
             num_warps=num_warps,
             num_stages=num_stages,
+            descriptors=descriptors[0] if descriptors else 1,
         )
 
     tiles = {name: tile(name) for name in TILES if name in entry}
     if L > entry["L"] or problem.B * problem.H < MANY_HEADS:
-        tiles.pop("fused", None)
+        tiles = {name: x for name, x in tiles.items() if name not in FUSED}
     return Config(L=L, gates=entry["gates"], **tiles)

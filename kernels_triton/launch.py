@@ -31,13 +31,16 @@ Operand = str | int | Descriptor
 
 
 @functools.cache
-def _parameters(kernel: Any) -> tuple[tuple[str, ...], frozenset[str]]:
-    """The run-time parameters of a kernel, in order, and its constexprs."""
+def _parameters(kernel: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The run-time parameters of a kernel and its constexprs, in order; the constexprs come last."""
     import triton.language as tl  # the reference backend works where Triton is not installed
 
     signature = inspect.signature(kernel.fn)
-    constexprs = frozenset(name for name, p in signature.parameters.items() if p.annotation is tl.constexpr)
-    return tuple(name for name in signature.parameters if name not in constexprs), constexprs
+    constexprs = tuple(name for name, p in signature.parameters.items() if p.annotation is tl.constexpr)
+    names = tuple(signature.parameters)
+    if names[len(names) - len(constexprs) :] != constexprs:
+        raise TypeError(f"{kernel.fn.__name__}: expected its constexprs after all other parameters, got {names}")
+    return names[: len(names) - len(constexprs)], constexprs
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,22 @@ class Launch:
         given = (*self.operands, *self.outputs)
         if given != parameters:
             raise TypeError(f"{self.name}: run-time parameters: expected {parameters}, got {given}")
-        if self.constexprs.keys() != constexprs:
+        if self.constexprs.keys() != set(constexprs):
             raise TypeError(f"{self.name}: constexprs: expected {sorted(constexprs)}, got {sorted(self.constexprs)}")
 
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__
+
+    @functools.cached_property
+    def constants(self) -> tuple[Any, ...]:
+        """The constexprs' values in the kernel's order, as they follow the run-time arguments."""
+        return tuple(self.constexprs[name] for name in _parameters(self.kernel)[1])
+
+    @functools.cached_property
+    def compiled(self) -> dict[Any, Any]:
+        """What an executor keeps from one run of this launch to the next; it lives as long as the plan does."""
+        return {}
 
     @property
     def buffers(self) -> tuple[str, ...]:
@@ -93,9 +106,13 @@ class Pass:
         raise KeyError(name)
 
     @functools.cached_property
-    def needed(self) -> tuple[frozenset[str], ...]:
-        """For each launch, the buffers still needed after it; the others may be freed."""
-        needed = [frozenset(self.results)]
-        for launch in reversed(self.launches[1:]):
-            needed.append(needed[-1].union(launch.buffers))
-        return tuple(reversed(needed))
+    def spent(self) -> tuple[tuple[str, ...], ...]:
+        """For each launch, the buffers that nothing needs after it: they may be freed."""
+        needed, spent = set(self.results), []
+        for launch in reversed(self.launches):
+            there = {*launch.buffers, *(buffer for buffer, _ in launch.outputs.values())}
+            if launch is self.launches[0]:
+                there.update(self.inputs)
+            spent.append(tuple(sorted(there - needed)))
+            needed |= there
+        return tuple(reversed(spent))

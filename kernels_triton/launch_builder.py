@@ -34,7 +34,6 @@ class LaunchBuilder:
         self.rows = (problem.B, problem.H, self.NT * self.L)
         self.strides: dict[str, Strides] = dict(problem.strides)
         self.state_dtype = "bfloat16" if problem.dtype == "bfloat16" else "float32"
-        self.descriptors = problem.descriptors
         # float16 has tf32's mantissa, so its weighted products lose nothing in tf32.
         self.precision = "tf32" if problem.dtype == "float16" else problem.precision
 
@@ -48,11 +47,14 @@ class LaunchBuilder:
         """n alike."""
         return Spec((self.p.B, self.p.H, self.NT, self.p.K), "float32")
 
+    def source(self, tile: Tile) -> int:
+        """How a kernel reads tokens and states: 0 by pointers, 1 through descriptors (kernels/common.py)."""
+        return int(self.p.descriptors and tile.descriptors)
+
     @property
     def arithmetic(self) -> dict[str, Any]:
         """The constexprs of kernels that multiply tiles."""
         return {
-            "SOURCE": int(self.descriptors),
             "BF16": self.p.dtype == "bfloat16",
             "PRECISION": self.precision,
         }
@@ -67,7 +69,7 @@ class LaunchBuilder:
             D, block = (p.K, tile.BK) if buffer in ("q", "k") else (p.V, tile.BV)
             strides = self.strides[buffer]
             parameters[name] = buffer
-            if self.descriptors:
+            if self.source(tile):
                 # A stride of an axis of size 1 may be anything but must be aligned.
                 steps = tuple(s or D for s in strides)
                 parameters[name] = Descriptor(
@@ -79,7 +81,7 @@ class LaunchBuilder:
 
     def _states(self, tile: Tile, buffer: str) -> Operand:
         p = self.p
-        if not self.descriptors:
+        if not self.source(tile):
             return buffer
         shape = (self.heads * self.NT, p.K, p.V)
         return Descriptor(buffer, shape, (p.K * p.V, p.V, 1), (1, tile.BK, tile.BV))

@@ -12,7 +12,7 @@ from .problem import Problem, Strides, contiguous_strides
 
 INITIAL = ("c_initial", "n_initial", "m_initial")
 LAST = ("c_last", "n_last", "m_last")
-# What the backward pass reads besides the inputs.
+# What the backward pass reads besides the inputs; the last states only where they have cotangents.
 SAVED = (*GATES, "floor", "picked", "states", "norms", "c_last", "n_last", "h", "r")
 STATES = ("states", "norms")
 GRADIENTS = ("dq", "dk", "dv", "di", "df")
@@ -53,7 +53,7 @@ def backward_pass(
     initial = problem.has_initial
     inputs = (
         *("q", "k", "v", "f", "dh"),
-        *(x for x in SAVED if problem.save_states or x not in STATES),
+        *(x for x in SAVED if (problem.save_states or x not in STATES) and (has_dlast or x not in LAST)),
         *(INITIAL[:2] if initial else ()),
         *(("dc_last", "dn_last", "dm_last") if has_dlast else ()),
     )

@@ -56,7 +56,7 @@ def search(shape: Shape, dtype: str, field: str, arch: str, workers: int, only_c
     """All candidates of one kernel, the fastest good one first."""
     problem = tune_measure.make_problem(shape, dtype, arch)
     config = tune_measure.config_of(problem)
-    tiles = list(candidates(field, config, shape.K, shape.V))
+    tiles = list(candidates(field, config, shape.K, shape.V, problem.descriptors))
     if not tiles:
         return []
     compiled = compile_all([(shape, dtype, field, arch, dataclasses.astuple(tile)) for tile in tiles], workers)
@@ -111,7 +111,7 @@ def write(path: Path, shape: Shape, dtype: str, chosen: dict[str, tuple[int, ...
 
 def table(shape: Shape, field: str, found: list[Found]) -> Table:
     result = Table(title=f"{shape.name} {shape.sizes}: {field}")
-    for name in ("BT", "BS", "BK", "BV", "warps", "stages", "spills", "shared", "ms", ""):
+    for name in ("BT", "BS", "BK", "BV", "warps", "stages", "TMA", "spills", "shared", "ms", ""):
         result.add_column(name, justify="right")
     for x in found:
         ms = "" if x.ms is None else f"{x.ms:.3f}"

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from kernels_triton.config import TILES, Config, Tile, next_power_of_2
+from kernels_triton.config import FUSED, TILES, Config, Tile, next_power_of_2
 
 # Per kernel: BT, BK, BV, num_warps, num_stages. A scan takes whole chunks or parts; BS is BT where it counts at all.
 BLOCKS: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -17,6 +17,7 @@ BLOCKS: dict[str, tuple[tuple[int, ...], ...]] = {
     "backward": ((32, 64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)),
     "normaliser": ((16, 32, 64), (16,), (64, 128, 256), (2, 4), (2,)),
     "fused": ((64,), (64,), (64,), (4, 8), (1, 2, 3)),
+    "dfused": ((64,), (64,), (64,), (4, 8), (1, 2, 3)),
 }
 # The kernel that a field of Config shapes; scans run twice, forward and backward.
 KERNELS = {
@@ -26,6 +27,7 @@ KERNELS = {
     "backward": ("chunk_backward", None),
     "normaliser": ("normaliser_backward", None),
     "fused": ("fused_forward", None),
+    "dfused": ("fused_backward", None),
 }
 
 
@@ -36,18 +38,19 @@ def valid(field: str, tile: Tile, config: Config, K: int, V: int) -> bool:
         return False
     if field in ("forward", "backward") and config.L // tile.BT > 4:
         return False
-    return field != "fused" or (tile.BT == config.L and tile.BK >= K and tile.BV >= V)
+    return field not in FUSED or (tile.BT == config.L and tile.BK >= K and tile.BV >= V)
 
 
-def candidates(field: str, config: Config, K: int, V: int) -> Iterator[Tile]:
-    """The valid tiles of one kernel, the present one first."""
+def candidates(field: str, config: Config, K: int, V: int, descriptors: bool = False) -> Iterator[Tile]:
+    """The valid tiles of one kernel, the present one first. descriptors: with and without them."""
     present: Tile | None = getattr(config, field)
     if present is None:
         return
     yield present
-    for BT, BK, BV, num_warps, num_stages in itertools.product(*BLOCKS[field]):
-        BS = BT if field in ("forward", "backward", "fused") else present.BS
-        tile = Tile(BT, BS, BK, BV, num_warps, num_stages)
+    sources = (1, 0) if descriptors and field != "normaliser" else (1,)
+    for BT, BK, BV, num_warps, num_stages, source in itertools.product(*BLOCKS[field], sources):
+        BS = BT if field in ("forward", "backward", *FUSED) else present.BS
+        tile = Tile(BT, BS, BK, BV, num_warps, num_stages, source)
         if tile != present and valid(field, tile, config, K, V):
             yield tile
 

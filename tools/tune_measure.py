@@ -163,8 +163,6 @@ class Bench:
         from triton.testing import do_bench
 
         launches = [x for x in _launches(self.problem, config) if _kernel_of(field, x)]
-        if field == "fused":
-            launches += [x for x in _launches(self.problem, config) if x.name == "fused_backward"]
         env = dict(self.env)
 
         def call() -> None:

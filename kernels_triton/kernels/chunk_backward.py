@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from .common import (
-    POINTERS,
     contiguous_rows,
     load_state,
     load_vector,
@@ -48,8 +47,6 @@ def chunk_backward(
     k, k_sb, k_sh, k_st,  # (B, H, T, K) likewise
     v, v_sb, v_sh, v_st,  # (B, H, T, V) likewise
     dh, dh_sb, dh_sh, dh_st,  # (B, H, T, V) likewise
-    q_plain,  # q again, never as a descriptor, for sums that must not depend on how the others are read
-    k_plain,  # k again
     c,  # (B, H, 2, NT * L)
     a,  # (B, H, 2, NT * L)
     alpha,  # (B, H, NT * L)
@@ -108,8 +105,6 @@ def chunk_backward(
     q_view = token_view(q, q_sb, q_sh, q_st, head, t, T, H, UNIT, SOURCE)
     k_view = token_view(k, k_sb, k_sh, k_st, head, t, T, H, UNIT, SOURCE)
     v_view = token_view(v, v_sb, v_sh, v_st, head, t, T, H, UNIT, SOURCE)
-    q_plain_view = token_view(q_plain, q_sb, q_sh, q_st, head, t, T, H, UNIT, POINTERS)
-    k_plain_view = token_view(k_plain, k_sb, k_sh, k_st, head, t, T, H, UNIT, POINTERS)
     dh_view = token_view(dh, dh_sb, dh_sh, dh_st, head, t, T, H, UNIT, SOURCE)
     o_dk, dk_row = contiguous_rows(head, t, T, H, K, BTHD)
     o_dv, dv_row = contiguous_rows(head, t, T, H, V, BTHD)
@@ -124,7 +119,7 @@ def chunk_backward(
     for tile in tl.static_range(NRT):
         if role == tile:
             queries_backward(
-                q_view, k_view, v_view, dh_view, q_plain_view, c + o_pair, a + o_pair, d_inverse + o_row,
+                q_view, k_view, v_view, dh_view, c + o_pair, a + o_pair, d_inverse + o_row,
                 delta + o_row, state_inverse + o_row, state_delta + o_row, state, p_norm, dq + o_dk, dk_row,
                 rows + o_sums, T - t, key_tile, padded,
                 K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, SOURCE, SOURCE, BF16,
@@ -135,7 +130,7 @@ def chunk_backward(
                 _state_product(state, dstate, p_norm, p_dnorm, p_inner, key_tile, K, V, BK, BV, HAS_NORMS, SOURCE)
         if role == NRT + tile:
             keys_values_backward(
-                q_view, k_view, v_view, dh_view, k_plain_view, c + o_pair, a + o_pair, alpha + o_row,
+                q_view, k_view, v_view, dh_view, c + o_pair, a + o_pair, alpha + o_row,
                 d_inverse + o_row, delta + o_row, dstate, p_dnorm, dk + o_dk, dk_row, dv + o_dv, dv_row,
                 cols + o_sums, T - t, key_tile, padded,
                 K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, SOURCE, SOURCE, BF16,

@@ -197,6 +197,19 @@ def inner_product(x, y, SIZE: tl.constexpr):
 
 
 @triton.jit
+def rows_times_accumulator(x, accumulator, PRECISION: tl.constexpr, SOURCE: tl.constexpr):
+    """sum_k x_k accumulator_k of each row, in one order however x was read: that of the accumulator's layout.
+
+    From pointers the compiler would move the accumulator to the layout of x instead. A product of zeros, added to x,
+    says otherwise; there is no other way to say it. Other dtypes than bfloat16 are always read by pointers.
+    """
+    y = x.to(tl.float32)
+    if SOURCE == POINTERS and x.dtype == tl.bfloat16:
+        y = dot(tl.zeros([x.shape[0], 16], x.dtype), tl.zeros([16, x.shape[1]], x.dtype), y, PRECISION)
+    return tl.sum(y * accumulator, 1)
+
+
+@triton.jit
 def store_pair(x, o, plane, value, mask):
     """A float64 value as the sum of two float32: hi at x[o], lo at x[o + plane]."""
     hi = value.to(tl.float32)

@@ -197,7 +197,7 @@ def fused_backward(
         o_dk, dk_row = contiguous_rows(head, t, T, H, K, BTHD)
         o_dv, dv_row = contiguous_rows(head, t, T, H, V, BTHD)
         queries_backward(
-            (b_q,), (b_k,), (b_v,), (b_dh,), (b_q,), c + o_pair, a + o_pair, d_inverse + o_row, delta + o_row,
+            (b_q,), (b_k,), (b_v,), (b_dh,), c + o_pair, a + o_pair, d_inverse + o_row, delta + o_row,
             state_inverse + o_row, state_delta + o_row, (b_c,), norms + o_chunk * K, dq + o_dk, dk_row, rows + o_pair,
             T - t, 0, padded,
             K, V, L, BK, BV, L, L, 0, SCALE, True, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
@@ -206,7 +206,7 @@ def fused_backward(
         product += tl.sum(b_norm * load_vector(norms + o_chunk * K, o_k, K, BK), 0)
         tl.store(inner + o_chunk, product)
         keys_values_backward(
-            (b_q,), (b_k,), (b_v,), (b_dh,), (b_k,), c + o_pair, a + o_pair, alpha + o_row, d_inverse + o_row,
+            (b_q,), (b_k,), (b_v,), (b_dh,), c + o_pair, a + o_pair, alpha + o_row, d_inverse + o_row,
             delta + o_row, (b_state,), b_norm, dk + o_dk, dk_row, dv + o_dv, dv_row, cols + o_pair, T - t, 0, padded,
             K, V, L, BK, BV, L, L, 0, SCALE, True, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip

@@ -4,9 +4,6 @@ import triton
 import triton.language as tl
 
 from .common import (
-    DESCRIPTORS,
-    GIVEN,
-    POINTERS,
     dot,
     exp2_difference,
     load_norm,
@@ -14,6 +11,7 @@ from .common import (
     load_state,
     load_tokens,
     operand,
+    rows_times_accumulator,
     store_tokens,
     zeros_tuple,
 )
@@ -21,7 +19,7 @@ from .common import (
 
 @triton.jit
 def keys_values_backward(
-    q, k, v, dh, k_plain, p_c, p_a, p_alpha, p_inverse, p_delta, dstate, dnorm,
+    q, k, v, dh, p_c, p_a, p_alpha, p_inverse, p_delta, dstate, dnorm,
     p_dk, dk_row, p_dv, dv_row, p_sums, length, key_tile, padded,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -98,18 +96,11 @@ def keys_values_backward(
     queries = ()
     for y in tl.static_range(COUNT):
         queries = queries + (load_tokens(q, (FIRST + y) * BS, k_first, BS, K, BK, SOURCE),)
-    if SOURCE == GIVEN:
-        b_k = k[0]
-        b_plain = b_k
-    else:
-        b_plain = load_tokens(k_plain, ROW, k_first, BT, K, BK, POINTERS)
-        b_k = b_plain
-        if SOURCE == DESCRIPTORS:
-            b_k = load_tokens(k, ROW, k_first, BT, K, BK, DESCRIPTORS)
+    b_k = load_tokens(k, ROW, k_first, BT, K, BK, SOURCE)
     if HAS_NORMS:
         b_dk += load_norm(dnorm, o_k, K, BK, STATES)[None, :]
     b_dk = b_dk * b_alpha[:, None]
-    tl.store(p_sums + padded + t_k, tl.sum(b_plain.to(tl.float32) * b_dk, 1))
+    tl.store(p_sums + padded + t_k, rows_times_accumulator(b_k, b_dk, PRECISION, SOURCE))
     b_cols = tl.zeros([BT], tl.float32)
     for y in tl.static_range(COUNT):
         t_q = (FIRST + y) * BS + tl.arange(0, BS)

@@ -4,9 +4,6 @@ import triton
 import triton.language as tl
 
 from .common import (
-    DESCRIPTORS,
-    GIVEN,
-    POINTERS,
     dot,
     exp2_difference,
     load_pair,
@@ -14,6 +11,7 @@ from .common import (
     load_tokens,
     load_vector,
     operand,
+    rows_times_accumulator,
     store_tokens,
     zeros_tuple,
 )
@@ -21,7 +19,7 @@ from .common import (
 
 @triton.jit
 def queries_backward(
-    q, k, v, dh, q_plain, p_c, p_a, p_inverse, p_delta, p_state_inverse, p_state_delta, state, p_norm,
+    q, k, v, dh, p_c, p_a, p_inverse, p_delta, p_state_inverse, p_state_delta, state, p_norm,
     p_dq, dq_row, p_sums, length, key_tile, padded,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -58,14 +56,7 @@ def queries_backward(
         b_c = load_state(state, k_first, v0, K, V, BK, BV, STATES)
         b_dq = dot(operand(b_dh, BF16, PRECISION), tl.trans(operand(b_c, BF16, PRECISION)), b_dq, PRECISION)
 
-    if SOURCE == GIVEN:
-        b_q = q[0]
-        b_plain = b_q
-    else:
-        b_plain = load_tokens(q_plain, ROW, k_first, BT, K, BK, POINTERS)
-        b_q = b_plain
-        if SOURCE == DESCRIPTORS:
-            b_q = load_tokens(q, ROW, k_first, BT, K, BK, DESCRIPTORS)
+    b_q = load_tokens(q, ROW, k_first, BT, K, BK, SOURCE)
     keys = ()  # all loads before the first use: their latencies overlap
     for y in tl.static_range(COUNT):
         keys = keys + (load_tokens(k, y * BS, k_first, BS, K, BK, SOURCE),)
@@ -75,7 +66,7 @@ def queries_backward(
     b_dq *= tl.load(p_state_inverse + t_q)[:, None]
     if HAS_NORMS:
         b_dq += tl.load(p_state_delta + t_q)[:, None] * load_vector(p_norm, o_k, K, BK)[None, :]
-    b_rows = tl.sum(b_plain.to(tl.float32) * b_dq, 1)
+    b_rows = rows_times_accumulator(b_q, b_dq, PRECISION, SOURCE)
 
     b_diagonal = tl.zeros([BT], tl.float32)
     for y in tl.static_range(COUNT):
