@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -16,10 +17,12 @@ from kernels_triton.backend import choose_backend
 from kernels_triton.problem import MAX_TOKEN_STRIDE, MIN_DESCRIPTORS, Problem, Strides, architecture, suits_descriptors
 from kernels_triton.validation import ArrayInfo, check_call
 
-from .executor import dtype_name, run
+from .executor import ALIGNMENT, dtype_name, run
 
 States = tuple[Float32[Tensor, "B H K V"], Float32[Tensor, "B H K"], Float32[Tensor, "B H"]]
 NAMES = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial")
+SWITCH = "MLSTM_DESCRIPTORS"
+MAX_CALLS = 4096
 
 
 def describe(name: str, x: Any) -> ArrayInfo | None:
@@ -54,11 +57,23 @@ def readable(x: Tensor, layout: str) -> Tensor:
     return x if near and (x.shape[-1] == 1 or x.stride(-1) == 1) else x.contiguous()
 
 
+def _readable(name: str, x: Tensor | None, layout: str) -> Tensor | None:
+    """An argument in memory that the kernels can read: q, k, v as `readable`, any gates, contiguous states."""
+    if x is None or name in ("i", "f"):
+        return x
+    return readable(x, layout) if name in ("q", "k", "v") else x.contiguous()
+
+
 def head_strides(x: Tensor, layout: str) -> Strides:
     """Strides of the batch, head and token axes. An axis of size 1 is never stepped along: its stride counts as 0."""
     (n0, n1, n2, *_), (b, s1, s2, *_) = x.shape, x.stride()
     b, s1, s2 = b if n0 > 1 else 0, s1 if n1 > 1 else 0, s2 if n2 > 1 else 0
     return (b, s2, s1) if layout == "bthd" else (b, s1, s2)
+
+
+def _places(env: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """Where the strided inputs of the backward pass are."""
+    return tuple((env[name].data_ptr(), env[name].stride()) for name in ("q", "k", "v", "f"))
 
 
 class _FirstOnly(torch.autograd.Function):
@@ -91,7 +106,7 @@ class _Chunkwise(torch.autograd.Function):
         saved = {**{name: x for name, x in env.items() if name not in ("i", "m_initial")}, **results}
         for name in plan.LAST if not last else plan.LAST[2:]:
             del saved[name]
-        ctx.problem, ctx.backend, ctx.names = problem, backend, tuple(saved)
+        ctx.problem, ctx.backend, ctx.names, ctx.places = problem, backend, tuple(saved), _places(env)
         ctx.save_for_backward(*saved.values())
         ctx.set_materialize_grads(False)
         return tuple(results[name] for name in ("h", *plan.LAST))
@@ -102,10 +117,10 @@ class _Chunkwise(torch.autograd.Function):
 
         problem: Problem = ctx.problem
         env = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        # Hooks on saved tensors (offloading, say) may bring them back in other memory.
-        strides = {name: head_strides(env[name], problem.layout) if name in env else s for name, s in problem.strides}
-        suit = problem.descriptors and all(_suits(env[name]) for name in ("q", "k", "v"))
-        problem = dataclasses.replace(problem, strides=tuple(strides.items()), descriptors=suit)
+        if _places(env) != ctx.places:  # hooks on saved tensors (offloading, say) may bring them back in other memory
+            strides = {n: head_strides(env[n], problem.layout) if n in env else s for n, s in problem.strides}
+            suit = problem.descriptors and all(_suits(env[name]) for name in ("q", "k", "v"))
+            problem = dataclasses.replace(problem, strides=tuple(strides.items()), descriptors=suit)
         dh, *dlast = cotangents
         env["dh"] = torch.zeros_like(env["h"]) if dh is None else readable(dh, problem.layout)
         if problem.descriptors and not _suits(env["dh"]):
@@ -126,11 +141,15 @@ class _Chunkwise(torch.autograd.Function):
 
 
 def _descriptors(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether this call reads its tensors through descriptors: on Hopper, where they were measured."""
+    """Whether this call reads its tensors through descriptors: on Hopper, where they were measured.
+
+    MLSTM_DESCRIPTORS in the environment: "0" never, "1" wherever they may be had, else where they pay. Same bits.
+    """
     q, k, v = (x for x in tensors[:3] if x is not None)
-    if backend != "triton" or problem.dtype != "bfloat16" or q.numel() + v.numel() < MIN_DESCRIPTORS:
+    wish = os.environ.get(SWITCH)
+    if backend != "triton" or problem.dtype != "bfloat16" or wish == "0" or platform_of(q) != "cuda":
         return False
-    if os.environ.get("MLSTM_DESCRIPTORS") == "0" or platform_of(q) != "cuda":
+    if wish != "1" and q.numel() + v.numel() < MIN_DESCRIPTORS:
         return False
     return architecture_of(q.device) == "sm_90" and all(_suits(x) for x in (q, k, v))
 
@@ -160,35 +179,75 @@ def _reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple[Te
     return (h.transpose(1, 2) if problem.layout == "bthd" else h), last
 
 
-def _kernels(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...], last: bool) -> tuple[Tensor, States]:
-    """last: the states may get cotangents."""
-    tensors = tuple(
-        x
-        if x is None
-        else (readable(x, problem.layout) if name in ("q", "k", "v") else x if name in ("i", "f") else x.contiguous())
-        for name, x in zip(NAMES, tensors, strict=True)
-    )
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What is settled before the kernels run, for arguments of given shapes, strides and dtypes."""
+
+    problem: Problem
+    backend: str
+    transposed: bool  # tokens before heads in memory, though not in the layout
+
+
+def _settle(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...]) -> _Call:
     strides = {
         name: head_strides(x, problem.layout) for name, x in zip(NAMES[:5], tensors, strict=False) if x is not None
     }
     # A (B, H, T, D) view of (B, T, H, D) memory, as models make it: outputs and gradients get that memory order too.
     _, sh, st = strides["v"]
     transposed = problem.layout == "bhtd" and 0 < sh < st
-    if transposed:
-        tensors = tuple(x.transpose(1, 2) if x is not None and n < 5 else x for n, x in enumerate(tensors))
-    layout = "bthd" if transposed else problem.layout
     q = tensors[0]
     assert q is not None
     problem = dataclasses.replace(
         problem,
         strides=tuple(strides.items()),
-        layout=layout,
+        layout="bthd" if transposed else problem.layout,
         arch=architecture_of(q.device),
         descriptors=_descriptors(problem, backend, tensors),
     )
+    return _Call(problem, backend, transposed)
+
+
+def _run(call: _Call, tensors: tuple[Tensor | None, ...], last: bool) -> tuple[Tensor, States]:
+    """last: the states may get cotangents."""
+    if call.transposed:
+        tensors = tuple(x.transpose(1, 2) if x is not None and n < 5 else x for n, x in enumerate(tensors))
     save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)
-    h, c, n, m = _Chunkwise.apply(problem, backend, save, last, *tensors)
-    return (h.transpose(1, 2) if transposed else h), (c, n, m)
+    h, c, n, m = _Chunkwise.apply(call.problem, call.backend, save, last, *tensors)
+    return (h.transpose(1, 2) if call.transposed else h), (c, n, m)
+
+
+# Calls that are settled, by all that they depend on: checking one takes longer than launching its kernels.
+_calls: dict[Any, _Call] = {}
+
+
+def _settled(key: Any, tensors: tuple[Tensor | None, ...]) -> _Call | None:
+    """The call like an earlier one, if there was one; its tensors must be as well aligned."""
+    try:
+        call = _calls.get(key)
+    except TypeError:  # an option that is not hashable, and so not valid: the checks will say so
+        return None
+    if call is None or (call.problem.descriptors and not _aligned(tensors)):
+        return None
+    return call
+
+
+def _aligned(tensors: tuple[Tensor | None, ...]) -> bool:
+    return all(x is None or x.data_ptr() % ALIGNMENT == 0 for x in tensors[:3])
+
+
+def _key(tensors: tuple[Any, ...], *options: Any) -> Any:
+    """All that a call depends on; None if an argument is no tensor. Options with their types, since 1 == True."""
+    try:
+        of = tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors)
+    except AttributeError:
+        return None
+    return of, options, tuple(map(type, options)), os.environ.get(SWITCH)
+
+
+def _remember(key: Any, call: _Call) -> None:
+    if len(_calls) >= MAX_CALLS:
+        _calls.clear()
+    _calls[key] = call
 
 
 def mlstm_chunkwise(
@@ -244,24 +303,29 @@ def mlstm_chunkwise(
     Raises:
         TypeError, ValueError: the argument, what was expected and what came; before anything is launched.
     """
-    arrays = dict(zip(NAMES, (q, k, v, i, f, c_initial, n_initial, m_initial), strict=True))
-    problem = check_call(
-        {name: describe(name, x) for name, x in arrays.items()},
-        eps=eps,
-        chunk_size=chunk_size,
-        qk_scale=qk_scale,
-        normalizer_grad=normalizer_grad,
-        layout=layout,
-        precision=precision,
-        backend=backend,
-        save_states=save_states,
-    )
-    backend_used = choose_backend(backend, platform_of(q))
+    tensors: tuple[Tensor | None, ...] = (q, k, v, i, f, c_initial, n_initial, m_initial)
+    key = _key(tensors, eps, chunk_size, qk_scale, normalizer_grad, layout, precision, save_states, backend)
+    call = _settled(key, tensors)
+    if call is None:
+        problem = check_call(
+            {name: describe(name, x) for name, x in zip(NAMES, tensors, strict=True)},
+            eps=eps,
+            chunk_size=chunk_size,
+            qk_scale=qk_scale,
+            normalizer_grad=normalizer_grad,
+            layout=layout,
+            precision=precision,
+            backend=backend,
+            save_states=save_states,
+        )
+        backend_used = choose_backend(backend, platform_of(q))
+        given = tensors
+        if backend_used != "reference":
+            tensors = tuple(_readable(name, x, layout) for name, x in zip(NAMES, given, strict=True))
+            call = _settle(problem, backend_used, tensors)
+            if all(x is y for x, y in zip(tensors, given, strict=True)) and _aligned(tensors):
+                _remember(key, call)
     if m_initial is not None:
-        arrays["m_initial"] = m_initial.reshape(problem.B, problem.H)
-    tensors = tuple(arrays.values())
-    if backend_used == "reference":
-        h, last = _reference(problem, tensors)
-    else:
-        h, last = _kernels(problem, backend_used, tensors, return_last_states)
+        tensors = (*tensors[:-1], m_initial.reshape(m_initial.shape[:2]))
+    h, last = _run(call, tensors, return_last_states) if call else _reference(problem, tensors)
     return (h, last) if return_last_states else h

@@ -69,7 +69,7 @@ def test_every_configuration_is_valid():
     chunks = [None, 16, 32, 64, 128, 256, 512]
     for K, V, L, dtype in itertools.product(dims, dims, chunks, ("float32", "bfloat16", "float16")):
         config = configure(problem(K=K, V=V, dtype=dtype, chunk_size=L))
-        assert config.L == (L and min(L, LONGEST_CHUNK) or config.L)
+        assert config.L == min(L or config.L, LONGEST_CHUNK)
         for field in dataclasses.fields(Config):
             tile = getattr(config, field.name)
             if isinstance(tile, Tile):

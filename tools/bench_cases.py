@@ -140,6 +140,14 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("ours torch", "ours_torch", modules=("triton",)),
     Implementation("ours JAX", "ours_jax", modules=("jax", "jax_triton")),
     Implementation(
+        "ours torch, pointers",
+        "ours_torch",
+        {"environment": {"MLSTM_DESCRIPTORS": "0"}},
+        ("triton",),
+        tables=("shapes",),
+        note="without tensor descriptors, as JAX",
+    ),
+    Implementation(
         "ours torch detached",
         "ours_torch",
         {"normalizer_grad": "detached"},

@@ -6,8 +6,9 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -186,11 +187,32 @@ class JaxRunner:
 def _ours(x: Implementation, dtype: Dtype, backend: str) -> Function:
     from frontend_torch import mlstm_chunkwise
 
-    missing = sorted(set(x.options) - set(inspect.signature(mlstm_chunkwise).parameters))
+    options = dict(x.options)
+    environment = options.pop("environment", {})
+    missing = sorted(set(options) - set(inspect.signature(mlstm_chunkwise).parameters))
     if missing:
         raise NotAvailable(f"the operator has no option {', '.join(missing)}")
     function: Function = mlstm_chunkwise
-    return functools.partial(function, precision=dtype.precision, backend=backend, **x.options)
+    function = functools.partial(function, precision=dtype.precision, backend=backend, **options)
+    return _within(environment, function) if environment else function
+
+
+def _within(environment: Mapping[str, str], function: Function) -> Function:
+    """The function, called with these environment variables."""
+
+    def call(*arguments: Any) -> Any:
+        before = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)
+        try:
+            return function(*arguments)
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+    return call
 
 
 def _ours_torch(x: Implementation, shape: Shape, dtype: Dtype, pass_: str) -> Runner:

@@ -64,6 +64,7 @@ def prepare(device: str) -> None:
     else:
         os.environ.pop("TRITON_INTERPRET", None)
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory of the same GPU
+        os.environ.setdefault("MLSTM_DESCRIPTORS", "1")  # in PyTorch for short cases too: JAX has pointers alone
 
 
 def check_case(case: Case, *, backend: str = "interpret", device: str = "cpu", seed: int = 0) -> Result:
