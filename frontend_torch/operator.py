@@ -21,7 +21,8 @@ from .executor import ALIGNMENT, dtype_name, run
 
 States = tuple[Float32[Tensor, "B H K V"], Float32[Tensor, "B H K"], Float32[Tensor, "B H"]]
 NAMES = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial")
-SWITCH = "MLSTM_DESCRIPTORS"
+# "0": never through tensor descriptors; "1": wherever they may be had; else where they pay. The same bits.
+descriptors = os.environ.get("MLSTM_DESCRIPTORS", "")
 MAX_CALLS = 4096
 
 
@@ -141,15 +142,11 @@ class _Chunkwise(torch.autograd.Function):
 
 
 def _descriptors(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether this call reads its tensors through descriptors: on Hopper, where they were measured.
-
-    MLSTM_DESCRIPTORS in the environment: "0" never, "1" wherever they may be had, else where they pay. Same bits.
-    """
+    """Whether this call reads its tensors through descriptors: on Hopper, where they were measured."""
     q, k, v = (x for x in tensors[:3] if x is not None)
-    wish = os.environ.get(SWITCH)
-    if backend != "triton" or problem.dtype != "bfloat16" or wish == "0" or platform_of(q) != "cuda":
+    if backend != "triton" or problem.dtype != "bfloat16" or descriptors == "0" or platform_of(q) != "cuda":
         return False
-    if wish != "1" and q.numel() + v.numel() < MIN_DESCRIPTORS:
+    if descriptors != "1" and q.numel() + v.numel() < MIN_DESCRIPTORS:
         return False
     return architecture_of(q.device) == "sm_90" and all(_suits(x) for x in (q, k, v))
 
@@ -241,7 +238,7 @@ def _key(tensors: tuple[Any, ...], *options: Any) -> Any:
         of = tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors)
     except AttributeError:
         return None
-    return of, options, tuple(map(type, options)), os.environ.get(SWITCH)
+    return of, options, tuple(map(type, options)), descriptors
 
 
 def _remember(key: Any, call: _Call) -> None:

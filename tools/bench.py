@@ -24,6 +24,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,8 +64,8 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name()
 
 
-def measure(jobs: list[Job], settings: Settings, report: Report) -> None:
-    """Run all jobs, adding to the report as they end."""
+def measure(jobs: list[Job], settings: Settings, report: Report, save: Callable[[], None]) -> None:
+    """Run all jobs, adding to the report as they end, and saving it: a crash in a compiler or driver ends Python."""
     import dataclasses
 
     import torch
@@ -86,6 +87,7 @@ def measure(jobs: list[Job], settings: Settings, report: Report) -> None:
             report.rows += bench_measure.rows_of(job, entries, rates, report.rows)
             if settings.device == "cuda" and job.shape.count_launches and job.pass_ != "bw":
                 counted.append((job, entries))
+            save()
             bar.update()
     counts = bench_measure.count_launches(counted, settings.device)
     report.rows[:] = [
@@ -174,7 +176,7 @@ def main(
     console.print(", ".join(f"{name} {value}" for name, value in report.facts.items()), highlight=False)
     code = 0
     try:
-        measure(jobs, settings, report)
+        measure(jobs, settings, report, lambda: bench_report.write(json_path, report))
         report.complete = True
     except KeyboardInterrupt:
         console.print("interrupted")

@@ -142,7 +142,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation(
         "ours torch, pointers",
         "ours_torch",
-        {"environment": {"MLSTM_DESCRIPTORS": "0"}},
+        {"descriptors": "0"},
         ("triton",),
         tables=("shapes",),
         note="without tensor descriptors, as JAX",

@@ -6,9 +6,8 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -188,29 +187,25 @@ def _ours(x: Implementation, dtype: Dtype, backend: str) -> Function:
     from frontend_torch import mlstm_chunkwise
 
     options = dict(x.options)
-    environment = options.pop("environment", {})
+    descriptors = options.pop("descriptors", None)
     missing = sorted(set(options) - set(inspect.signature(mlstm_chunkwise).parameters))
     if missing:
         raise NotAvailable(f"the operator has no option {', '.join(missing)}")
     function: Function = mlstm_chunkwise
     function = functools.partial(function, precision=dtype.precision, backend=backend, **options)
-    return _within(environment, function) if environment else function
+    return function if descriptors is None else _with_descriptors(descriptors, function)
 
 
-def _within(environment: Mapping[str, str], function: Function) -> Function:
-    """The function, called with these environment variables."""
+def _with_descriptors(wish: str, function: Function) -> Function:
+    """The function, called while MLSTM_DESCRIPTORS is that. The backward pass does as the forward pass did."""
+    from frontend_torch import operator
 
     def call(*arguments: Any) -> Any:
-        before = {name: os.environ.get(name) for name in environment}
-        os.environ.update(environment)
+        before, operator.descriptors = operator.descriptors, wish
         try:
             return function(*arguments)
         finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+            operator.descriptors = before
 
     return call
 

@@ -186,7 +186,6 @@ CASES: tuple[Case, ...] = (
     *(_gpu(f"gpu-{d}-{K}x{V}", dtype=d, K=K, V=V) for d in ("bfloat16", "float32") for K, V in GPU_HEADS),
     *(_gpu(f"gpu-{d}-detached", dtype=d, K=128, V=256, normalizer_grad="detached") for d in ("bfloat16", "float32")),
     *(_gpu(f"gpu-{d}-long", dtype=d, K=128, V=256, T=4096, f_gate=(5.0, 1.0)) for d in ("bfloat16", "float32")),
-    _gpu("gpu-bfloat16-512x512", dtype="bfloat16", K=512, V=512, T=520, H=2),
     _gpu("gpu-ragged", dtype="bfloat16", K=128, V=256, T=1000, initial=True, last=True),
     _gpu("gpu-ragged-float32", K=100, V=200, T=1000, initial=True, last=True),
     _gpu("gpu-float16", dtype="float16", K=128, V=128, T=1000),
@@ -203,6 +202,7 @@ CASES: tuple[Case, ...] = (
     _gpu("gpu-documents", dtype="bfloat16", K=64, V=128, documents=True, initial=True, last=True),
     *(_gpu(f"gpu-{p}", K=128, V=128, T=1000, precision=p) for p in ("tf32x3", "tf32")),
     *(_gpu(f"gpu-chunk-{L}", dtype="bfloat16", K=64, V=64, T=1000, chunk_size=L) for L in (16, 512)),
+    _gpu("gpu-bfloat16-512x512", dtype="bfloat16", K=512, V=512, T=520, H=2),
 )
 
 
