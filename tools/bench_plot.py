@@ -23,6 +23,7 @@ TITLES = {"fw": "forward", "fw+bw": "forward and backward"}
 OURS = {
     "ours torch": "#c1272d",
     "ours JAX": "#1f5fa8",
+    "ours torch, pointers": "#7d1a1e",
     "ours torch detached": "#e58a8d",
     "ours torch save_states=False": "#f0b7a4",
 }
