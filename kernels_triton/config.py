@@ -16,8 +16,8 @@ SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942"
 # The table of each architecture that has one or shares one; any other takes the one with the smallest shared memory.
 TABLES = {"sm_80": "sm_80", "sm_87": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}
 FALLBACK = "gfx942"
-# The least BK and BV. The assembler of Triton up to 3.7.1 (ptxas 12.8) gives some Hopper products of narrower tiles a
-# wrong address, silently (docs/validation.md).
+# BK and BV of smaller head dims. The assembler of Triton up to 3.7.1 (ptxas 12.8) gives some Hopper products of narrower
+# tiles a wrong address, silently (docs/validation.md).
 MIN_BLOCK = {"float32": 16, "bfloat16": 64, "float16": 64}
 # As many programs as occupy a large GPU: from here on one program per head is enough.
 MANY_HEADS = 128
@@ -85,6 +85,10 @@ def configure(problem: Problem) -> Config:
     entry = next(x for x in table(problem.arch) if _suits(x, problem))
     L: int = problem.chunk_size or entry["L"]
 
+    def block(size: int, most: int) -> int:
+        least = MIN_BLOCK[problem.dtype]
+        return least if size < least else min(most, next_power_of_2(size))
+
     def tile(name: str) -> Tile:
         BT, BS, BK, BV, num_warps, num_stages, *descriptors = entry[name]
         if name in ("forward", "backward") and L > entry["L"]:  # a program holds a row of scores as long as the chunk
@@ -94,8 +98,8 @@ def configure(problem: Problem) -> Config:
         return Tile(
             BT=min(BT, L),
             BS=min(BS, L),
-            BK=min(BK, max(MIN_BLOCK[problem.dtype], next_power_of_2(problem.K))),
-            BV=min(BV, max(MIN_BLOCK[problem.dtype], next_power_of_2(problem.V))),
+            BK=block(problem.K, BK),
+            BV=block(problem.V, BV),
             num_warps=num_warps,
             num_stages=num_stages,
             descriptors=descriptors[0] if descriptors else 1,

@@ -13,6 +13,7 @@ WRONG = (
     "        /*6850*/                   UIADD3 UR4, UP0, UR16, 0x20, URZ ;    /* 0x000000201004 */\n"
     "        /*6860*/                   UIADD3.X UR5, UR16, -0x3ffffff0, URZ, UP0, !UPT ;    /* 0xc000 */\n"
 )
+HALVES = WRONG.replace("UR16", "UR7")
 RIGHT = "        /*6850*/                   UIADD3 UR4, UP0, UR12, 0x20, URZ ;    /* 0x000000200c04 */\n"
 COPY = "        /*0050*/                   UMOV UR8, UR16 ;    /* 0x0000001000087c82 */\n"
 REUSE = "        /*6740*/                   USHF.R.U32.HI UR16, URZ, 0x4, UR4 ;    /* 0x000000043f107899 */\n"
@@ -29,6 +30,11 @@ def test_predicated_too(predicate):
 
 def test_through_a_copy():
     assert wrong_addresses(LOAD + COPY + WRONG.replace("UR16", "UR8"))
+
+
+def test_both_halves_from_one_register():
+    assert len(wrong_addresses(LOAD + USE + BASE + HALVES)) == 1
+    assert wrong_addresses(LOAD + HALVES.replace("UIADD3.X UR5, UR7", "UIADD3.X UR5, URZ")) == []
 
 
 def test_sound_code_is_not_reported():

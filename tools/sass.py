@@ -1,8 +1,8 @@
 """Looks in compiled Hopper code for a defect of the assembler: a matrix product that reads from a wrong address.
 
 ptxas 12.8, which Triton ships up to 3.7.1, sometimes computes a shared-memory descriptor of wgmma from the wrong
-uniform register, the one that holds the descriptor of global memory. The product then reads garbage, without an error.
-12.9 and 13.0 compile the same PTX well. Nothing else computes with the global descriptor, so that betrays the defect.
+uniform register. The product then reads garbage, without an error. 12.9 and 13.0 compile the same PTX well. Two signs betray
+it: both halves of the 64-bit descriptor come from one register, or it comes from the descriptor of global memory.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def disassemble(cubin: bytes) -> str:
 
 
 def wrong_addresses(sass: str) -> list[str]:
-    """The instructions that compute with the descriptor of global memory. Follows registers in the code's order."""
-    holders: set[int] = set()  # uniform registers that hold the descriptor
+    """The instructions that compute a descriptor from a wrong register. Follows registers in the code's order."""
+    holders: set[int] = set()  # uniform registers that hold the descriptor of global memory
+    lower: dict[str, int] = {}  # by carry predicate: the source of the lower half that set it
     found = []
     for line in sass.splitlines():
         match = INSTRUCTION.match(line)
@@ -42,10 +43,15 @@ def wrong_addresses(sass: str) -> list[str]:
         if not operation.startswith(("U", "R2UR", "S2UR")) or not registers:
             continue
         target, *sources = registers
+        carries = re.findall(r"\bUP\d\b", operands)
+        halves = operation == "UIADD3.X" and any(lower.pop(x, None) in sources for x in carries)
         reads = operation.startswith("U") and any(x in holders for x in sources)
-        if reads and not operation.startswith("UMOV"):
+        if halves or (reads and not operation.startswith("UMOV")):
             found.append(f"{operation} {operands}")
         targets = {target, target + 1} if ".64" in operation else {target}
+        lower = {carry: source for carry, source in lower.items() if source not in targets}
+        if operation == "UIADD3" and carries and sources and sources[0] not in targets:
+            lower[carries[0]] = sources[0]
         if GLOBAL_DESCRIPTOR in operands or (reads and operation.startswith("UMOV")):
             holders |= targets
         else:
