@@ -16,8 +16,8 @@ SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942"
 # The table of each architecture that has one or shares one; any other takes the one with the smallest shared memory.
 TABLES = {"sm_80": "sm_80", "sm_87": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}
 FALLBACK = "gfx942"
-# BK and BV of smaller head dims. The assembler of Triton up to 3.7.1 (ptxas 12.8) gives some Hopper products of narrower
-# tiles a wrong address, silently (docs/validation.md).
+# BK and BV of smaller head dims. The assembler of Triton up to 3.7.1 (ptxas 12.8) gives some Hopper products of
+# narrower tiles a wrong address, silently (docs/validation.md).
 MIN_BLOCK = {"float32": 16, "bfloat16": 64, "float16": 64}
 # As many programs as occupy a large GPU: from here on one program per head is enough.
 MANY_HEADS = 128

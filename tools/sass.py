@@ -1,8 +1,8 @@
 """Looks in compiled Hopper code for a defect of the assembler: a matrix product that reads from a wrong address.
 
 ptxas 12.8, which Triton ships up to 3.7.1, sometimes computes a shared-memory descriptor of wgmma from the wrong
-uniform register. The product then reads garbage, without an error. 12.9 and 13.0 compile the same PTX well. Two signs betray
-it: both halves of the 64-bit descriptor come from one register, or it comes from the descriptor of global memory.
+uniform register. The product then reads garbage, without an error. 12.9 and 13.0 compile the same PTX well. Two signs
+betray it: both halves of the 64-bit descriptor come from one register, or from the descriptor of global memory.
 """
 
 from __future__ import annotations
