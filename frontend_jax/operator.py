@@ -83,8 +83,8 @@ def _forward(static: _Static, arrays: Arrays) -> tuple[Any, Arrays]:
 
     results = run(plan.forward_pass(static.problem), arrays, static.backend)
     saved = {name: x for name, x in arrays.items() if name not in ("i", "m_initial")}
-    kept = [name for name in plan.SAVED if name in results and (static.return_last_states or name not in plan.LAST)]
-    saved.update((name, results[name]) for name in kept)
+    dropped = plan.LAST[2:] if static.return_last_states else plan.LAST
+    saved.update((name, x) for name, x in results.items() if name not in dropped)
     return _outputs(static, results), saved
 
 

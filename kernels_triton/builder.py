@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from .builder_fused import FusedBuilder
+from .builder_scan import ScanBuilder
 from .config import MANY_HEADS, Tile
 from .kernels import (
     chunk_backward,
@@ -14,13 +15,12 @@ from .kernels import (
     gates_forward,
     gates_sums,
     normaliser_backward,
-    state_scan,
 )
 from .launch import Launch, Spec
-from .launch_builder import NORMALISER, cdiv
+from .launch_builder import GATES, NORMALISER, cdiv
 
 
-class Builder(FusedBuilder):
+class Builder(FusedBuilder, ScanBuilder):
     """The launches of one problem."""
 
     def _gate(self, name: str, buffer: str | None) -> dict[str, str | int | None]:
@@ -75,10 +75,7 @@ class Builder(FusedBuilder):
                 "T": p.T,
             },
             {
-                "c": ("c", Spec((*head, 2, self.NT * self.L), "float32")),
-                "a": ("a", Spec((*head, 2, self.NT * self.L), "float32")),
-                "alpha": ("alpha", Spec(self.rows, "float32")),
-                "beta": ("beta", Spec(self.rows, "float32")),
+                **{name: (name, Spec(self.rows, "float32")) for name in GATES[:-1]},
                 "gamma": ("gamma", Spec((*head, self.NT), "float32")),
                 "floor": ("floor", Spec(self.rows, "float32")),
                 "m": ("m", Spec((*head, p.T), "float32")),
@@ -96,92 +93,6 @@ class Builder(FusedBuilder):
             SPLIT=split,
         )
 
-    def _scan(self, backward: bool, operands: dict[str, Any], outputs: dict[str, Any], **flags: Any) -> Launch:
-        p, tile = self.p, self.config.dstate if backward else self.config.state
-        x, y = ("q", "dh") if backward else ("k", "v")
-        tokens, unit = self._tokens(tile, ("x", x), ("y", y))
-        tiles = cdiv(p.K, tile.BK) * cdiv(p.V, tile.BV)
-        head = (p.B, p.H)
-        names = ("states", "norms", "state_out", "norm_out", "outer")
-        shapes = {
-            "states": self.states_spec,
-            "norms": self.norms_spec,
-            "state_out": Spec((*head, p.K, p.V), "float32"),
-            "norm_out": Spec((*head, p.K), "float32"),
-            "outer": Spec((*head, tiles, 2) if flags["HAS_OUTER"] else (1,), "float32"),
-        }
-        return self._launch(
-            state_scan,
-            {**tokens, **operands, "T": p.T},
-            {name: (outputs[name], shapes[name]) for name in names},
-            self.heads * tiles,
-            tile,
-            "BT BK BV",
-            K=p.K,
-            V=p.V,
-            UNIT=unit,
-            BACKWARD=backward,
-            SOURCE=self.source(tile),
-            BF16=p.dtype == "bfloat16",
-            PRECISION=self.precision,
-            **flags,
-        )
-
-    def state_forward(self, last: tuple[str, str] = ("c_last", "n_last")) -> Launch:
-        """Chunk-start states and the last state, under the names `last`."""
-        initial = self.p.has_initial
-        absent = ("fw_last", "fw_norm_last", "fw_initial", "fw_norm_initial")
-        return self._scan(
-            False,
-            {
-                "w": "alpha",
-                "u": None,
-                "gamma": "gamma",
-                "state_in": "c_initial" if initial else None,
-                "norm_in": "n_initial" if initial else None,
-                **dict.fromkeys(absent),
-            },
-            {"states": "states", "norms": "norms", "state_out": last[0], "norm_out": last[1], "outer": "unused_scan"},
-            HAS_STATE_IN=initial,
-            HAS_NORM_IN=initial,
-            HAS_INITIAL=initial,
-            HAS_OUTER=False,
-            HAS_NORMS=True,
-        )
-
-    def state_backward(self, has_dc_last: bool, has_dn_last: bool, outer: bool = True, norms: bool = True) -> Launch:
-        """Cotangents of the states after each chunk, and of the initial state.
-
-        outer: with the products at both ends that the gates' gradients need. norms: n is there and has a cotangent.
-        """
-        initial = self.p.has_initial and outer
-        return self._scan(
-            True,
-            {
-                "w": "state_inverse",
-                "u": "state_delta",
-                "gamma": "gamma",
-                "state_in": "dc_last" if has_dc_last else None,
-                "norm_in": "dn_last" if has_dn_last else None,
-                "fw_last": "c_last" if outer and has_dc_last else None,
-                "fw_norm_last": "n_last" if outer and norms and has_dc_last else None,
-                "fw_initial": "c_initial" if initial else None,
-                "fw_norm_initial": "n_initial" if initial and norms else None,
-            },
-            {
-                "states": "dstates",
-                "norms": "dnorms",
-                "state_out": "dc_initial",
-                "norm_out": "dn_initial",
-                "outer": "outer" if outer else "unused_scan",
-            },
-            HAS_STATE_IN=has_dc_last,
-            HAS_NORM_IN=has_dn_last,
-            HAS_INITIAL=initial,
-            HAS_OUTER=outer,
-            HAS_NORMS=norms,
-        )
-
     def outputs(self, store_d: bool = False) -> Launch:
         """h and the signed normaliser; with store_d the normaliser per token too."""
         p, tile = self.p, self.config.forward
@@ -190,7 +101,7 @@ class Builder(FusedBuilder):
             chunk_forward,
             {
                 **tokens,
-                **{name: name for name in ("c", "a", "beta", "floor")},
+                **{name: name for name in ("c", "c_low", "a", "a_low", "beta", "floor")},
                 "states": self._states(tile, "states"),
                 "norms": "norms",
                 "T": p.T,
@@ -229,7 +140,6 @@ class Builder(FusedBuilder):
                 "dh_st": st // unit,
                 "r": given or "r",
                 "floor": None if given else "floor",
-                "beta": "beta",
                 "T": p.T,
             },
             {name: (name, Spec(self.rows, "float32")) for name in NORMALISER},
@@ -238,7 +148,6 @@ class Builder(FusedBuilder):
             "BT BV",
             V=p.V,
             UNIT=unit,
-            SCALE=p.scale,
             EPS=p.eps,
             EXACT=p.normalizer_grad == "exact" and not given,
             D_GIVEN=given is not None,
@@ -255,7 +164,8 @@ class Builder(FusedBuilder):
             chunk_backward,
             {
                 **tokens,
-                **{name: name for name in ("c", "a", "alpha", *NORMALISER)},
+                **self._gates_backward(*GATES[:-1]),
+                **{name: name for name in NORMALISER},
                 "states": self._states(tile, "states"),
                 "norms": "norms" if norms else None,
                 "dstates": self._states(tile, "dstates"),
@@ -280,7 +190,7 @@ class Builder(FusedBuilder):
             HAS_NORMS=norms,
             HAS_INNER=inner,
             BTHD=p.layout == "bthd",
-            PAIRS=p.dtype == "float32",
+            PAIRS=self.pairs,
             SOURCE=self.source(tile),
             **self.arithmetic,
         )
@@ -289,10 +199,9 @@ class Builder(FusedBuilder):
         """di, df and the initial stabiliser's gradient. has_dlast: the last state has a cotangent."""
         p = self.p
         sb, sh, st = self.strides["f"]
-        scan = self.config.dstate
         fused = self.config.fused is not None
         key_tiles = 1 if fused else cdiv(p.K, self.config.backward.BK)
-        scan_tiles = 1 if fused else cdiv(p.K, scan.BK) * cdiv(p.V, scan.BV)
+        scan_tiles = 1 if fused else self._tiles(backward=True)
         return self._launch(
             gates_backward,
             {

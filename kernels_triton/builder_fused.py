@@ -59,7 +59,8 @@ class FusedBuilder(LaunchBuilder):
             fused_backward,
             {
                 **tokens,
-                **{name: name for name in ("c", "a", "alpha", "gamma", *NORMALISER)},
+                **self._gates_backward(*GATES),
+                **{name: name for name in NORMALISER},
                 "states": self._states(tile, "states"),
                 "norms": "norms",
                 **{name: name if has_dlast else None for name in last},
@@ -87,7 +88,7 @@ class FusedBuilder(LaunchBuilder):
             HAS_LAST=has_dlast,
             HAS_INITIAL=p.has_initial,
             BTHD=p.layout == "bthd",
-            PAIRS=p.dtype == "float32",
+            PAIRS=self.pairs,
             SOURCE=self.source(tile),
             **self.arithmetic,
         )

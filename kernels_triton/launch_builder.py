@@ -11,9 +11,9 @@ from .launch import Descriptor, Launch, Operand, Spec
 from .problem import Problem, Strides
 
 # Buffers that the gates' kernel makes and most others read.
-GATES = ("c", "a", "alpha", "beta", "gamma")
+GATES = ("c", "c_low", "a", "a_low", "alpha", "beta", "gamma")
 # And those that the normaliser's kernel makes, backward.
-NORMALISER = ("d_inverse", "delta", "state_inverse", "state_delta")
+NORMALISER = ("d_inverse", "delta")
 
 
 def cdiv(x: int, y: int) -> int:
@@ -36,6 +36,15 @@ class LaunchBuilder:
         self.state_dtype = "bfloat16" if problem.dtype == "bfloat16" else "float32"
         # float16 has tf32's mantissa, so its weighted products lose nothing in tf32.
         self.precision = "tf32" if problem.dtype == "float16" else problem.precision
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the gradients need decays of twice float32's digits; the outputs always do."""
+        return self.p.dtype == "float32"
+
+    def _gates_backward(self, *names: str) -> dict[str, str | None]:
+        """The operands `names` that the gates' kernel made, the low parts of pairs only where they are needed."""
+        return {name: name if self.pairs or not name.endswith("_low") else None for name in names}
 
     @property
     def states_spec(self) -> Spec:

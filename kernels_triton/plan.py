@@ -12,11 +12,15 @@ from .problem import Problem, Strides, contiguous_strides
 
 INITIAL = ("c_initial", "n_initial", "m_initial")
 LAST = ("c_last", "n_last", "m_last")
-# What the backward pass reads besides the inputs; the last states only where they have cotangents.
-SAVED = (*GATES, "floor", "picked", "states", "norms", "c_last", "n_last", "h", "r")
 STATES = ("states", "norms")
 GRADIENTS = ("dq", "dk", "dv", "di", "df")
 GRADIENTS_INITIAL = ("dc_initial", "dn_initial", "dm_initial")
+
+
+def _saved(b: Builder) -> tuple[str, ...]:
+    """What the backward pass reads besides the inputs; the last states only where they have cotangents."""
+    gates = tuple(x for x in GATES if b.pairs or not x.endswith("_low"))
+    return (*gates, "floor", "picked", *(STATES if b.p.save_states else ()), "c_last", "n_last", "h", "r")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -30,8 +34,8 @@ def forward_pass(problem: Problem, save: bool = True, config: Config | None = No
     keep_states = save and problem.save_states
     launches = [b.gates_sums()] if b.split_gates else []
     launches.append(b.gates(split=b.split_gates))
-    launches += [b.fused_forward(keep_states)] if b.config.fused else [b.state_forward(), b.outputs()]
-    results = tuple(x for x in SAVED if keep_states or x not in STATES) if save else ("h", *LAST[:2])
+    launches += [b.fused_forward(keep_states)] if b.config.fused else [*b.state_forward(), b.outputs()]
+    results = _saved(b) if save else ("h", *LAST[:2])
     return Pass(tuple(launches), inputs, (*results, "m_last"))
 
 
@@ -44,16 +48,16 @@ def backward_pass(
     b.strides["dh"] = dh_strides or contiguous_strides(problem.H, problem.T, problem.V, problem.layout)
     launches = [b.normaliser()]
     if not problem.save_states:
-        launches.append(b.state_forward(("unused_c_last", "unused_n_last")))
+        launches += b.state_forward(("unused_c_last", "unused_n_last"))
     if b.config.fused:
         launches.append(b.fused_backward(has_dlast))
     else:
-        launches += [b.state_backward(has_dlast, has_dlast), b.gradients()]
+        launches += [*b.state_backward(has_dlast, has_dlast), b.gradients()]
     launches.append(b.gates_gradient(has_dlast, has_dlast))
     initial = problem.has_initial
     inputs = (
         *("q", "k", "v", "f", "dh"),
-        *(x for x in SAVED if (problem.save_states or x not in STATES) and (has_dlast or x not in LAST)),
+        *(x for x in _saved(b) if has_dlast or x not in LAST),
         *(INITIAL[:2] if initial else ()),
         *(("dc_last", "dn_last", "dm_last") if has_dlast else ()),
     )

@@ -144,7 +144,7 @@ def recurrent_fw_C(infos: Infos, options: Mapping[str, Any]) -> StageCall:
     _present(infos, "matK", "matV", "vecI", "vecF")
     problem = _problem(infos, options, chunked=True)
     b = _builder(problem)
-    launches = (b.gates(f_is_log=True), b.state_forward())
+    launches = (b.gates(f_is_log=True), *b.state_forward())
     return _call(problem, launches, _ARRAYS | _INITIAL, ("states", "norms", "m_chunk", "c_last", "n_last"))
 
 
@@ -153,7 +153,7 @@ def fw(infos: Infos, options: Mapping[str, Any]) -> StageCall:
     _present(infos, "matQ", "matK", "matV", "vecI", "vecF")
     problem = _problem(infos, options, chunked=False)
     b = _builder(problem)
-    launches = (b.gates(), b.state_forward(), b.outputs(store_d=True))
+    launches = (b.gates(), *b.state_forward(), b.outputs(store_d=True))
     returns = ("h", "d", "m", "c_last", "n_last", "m_last", "states", "norms", "m_chunk")
     return _call(problem, launches, _ARRAYS | _INITIAL, returns)
 
@@ -166,7 +166,7 @@ def recurrent_bw_dC(infos: Infos, options: Mapping[str, Any]) -> StageCall:
     launches = (
         b.gates(i=None, f_is_log=True, m_token="m_given", m_chunk="m_chunk_given"),
         b.normaliser(given="d_given"),
-        b.state_backward(infos.get("matDeltaC_last") is not None, False, outer=False, norms=False),
+        *b.state_backward(infos.get("matDeltaC_last") is not None, False, outer=False, norms=False),
     )
     given = {"m_given": "vecM", "m_chunk_given": "scaM_inter", "d_given": "vecN_out", "dc_last": "matDeltaC_last"}
     first = "dc_initial" if options["store_initial_state"] else None
@@ -204,12 +204,12 @@ def bw(infos: Infos, options: Mapping[str, Any]) -> StageCall:
     states_given = infos.get("matC_states") is not None and m_given and not has_dc_last
     d_given = infos.get("vecN_out") is not None
     if not states_given or not d_given:
-        launches.append(b.state_forward())
+        launches += b.state_forward()
     if not d_given:
         launches.append(b.outputs(store_d=True))
     launches += [
         b.normaliser(given="d_given" if d_given else "d"),
-        b.state_backward(has_dc_last, False, norms=False),
+        *b.state_backward(has_dc_last, False, norms=False),
         b.gradients(norms=False),
         b.gates_gradient(has_dlast=has_dc_last, has_dm_last=False),
     ]

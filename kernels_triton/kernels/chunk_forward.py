@@ -21,8 +21,8 @@ from .common import (
 
 @triton.jit
 def rows_forward(
-    q, k, v, p_c, p_a, p_beta, p_floor, state, norm, p_h, h_row, p_r, p_d,
-    length, padded,
+    q, k, v, p_c, p_c_low, p_a, p_a_low, p_beta, p_floor, state, norm, p_h, h_row, p_r, p_d,
+    length,
     K: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
@@ -54,13 +54,13 @@ def rows_forward(
         scores = updated
         b_r += tl.sum(b_q.to(tl.float32) * b_norm[None, :], 1)
 
-    a_hi, a_lo = load_pair(p_a, t_q, padded)
+    a_hi, a_lo = load_pair(p_a, p_a_low, t_q, True)
     b_beta = tl.load(p_beta + t_q) * SCALE
     b_r = b_r * b_beta
     weighted = ()
     for y in tl.static_range(COUNT):
         t_k = y * BT + tl.arange(0, BT)
-        c_hi, c_lo = load_pair(p_c, t_k, padded)
+        c_hi, c_lo = load_pair(p_c, p_c_low, t_k, True)
         # Of pairs: where r nearly cancels it shows any error of its terms, and the gradients show it twice.
         b_s = exp2_difference(c_hi[None, :], c_lo[None, :], a_hi[:, None], a_lo[:, None], True) * SCALE * scores[y]
         if y == COUNT - 1:
@@ -94,8 +94,10 @@ def chunk_forward(
     q, q_sb, q_sh, q_st,  # (B, H, T, K) in units of UNIT elements
     k, k_sb, k_sh, k_st,  # (B, H, T, K) likewise
     v, v_sb, v_sh, v_st,  # (B, H, T, V) likewise
-    c,  # (B, H, 2, NT * L)
-    a,  # (B, H, 2, NT * L)
+    c,  # (B, H, NT * L)
+    c_low,  # (B, H, NT * L)
+    a,  # (B, H, NT * L)
+    a_low,  # (B, H, NT * L)
     beta,  # (B, H, NT * L)
     floor,  # (B, H, NT * L)
     states,  # (B, H, NT, K, V)
@@ -139,7 +141,6 @@ def chunk_forward(
     v_view = token_view(v, v_sb, v_sh, v_st, head, t, T, H, UNIT, SOURCE)
     state = state_view(states, head * n_chunks + n, K, V, SOURCE)
     o_h, h_row = contiguous_rows(head, t, T, H, V, BTHD)
-    o_pair = head * 2 * padded + t
     o_row = head * padded + t
     p_norm = norms + (head * n_chunks + n) * K
     if not STORE_D and pid == 0:
@@ -147,7 +148,7 @@ def chunk_forward(
     for tile in tl.static_range(NRT):
         if role == tile:
             rows_forward(
-                q_view, k_view, v_view, c + o_pair, a + o_pair, beta + o_row, floor + o_row, state, p_norm,
-                h + o_h, h_row, r + o_row, d + head * T + t, T - t, padded,
+                q_view, k_view, v_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row, beta + o_row,
+                floor + o_row, state, p_norm, h + o_h, h_row, r + o_row, d + head * T + t, T - t,
                 K, V, BT, BK, BV, tile + 1, SCALE, EPS, STORE_D, SOURCE, SOURCE, BF16, PRECISION,
             )  # fmt: skip

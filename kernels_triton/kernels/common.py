@@ -210,13 +210,13 @@ def rows_times_accumulator(x, accumulator, PRECISION: tl.constexpr, SOURCE: tl.c
 
 
 @triton.jit
-def store_pair(x, o, plane, value, mask):
-    """A float64 value as the sum of two float32: hi at x[o], lo at x[o + plane]."""
+def store_pair(x, x_low, o, value, mask):
+    """A float64 value as the sum of two float32, x[o] and x_low[o]."""
     hi = value.to(tl.float32)
     lo = (value - hi.to(tl.float64)).to(tl.float32)
     lo = tl.where(value == hi.to(tl.float64), 0.0, lo)  # also for infinities, whose difference is nan
     tl.store(x + o, hi, mask=mask)
-    tl.store(x + o + plane, lo, mask=mask)
+    tl.store(x_low + o, lo, mask=mask)
 
 
 @triton.jit
@@ -233,9 +233,13 @@ def exp2_difference(x_hi, x_lo, y_hi, y_lo, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def load_pair(x, o, plane):
-    """The two parts of pairs that `store_pair` wrote."""
-    return tl.load(x + o), tl.load(x + o + plane)
+def load_pair(x, x_low, o, PAIRS: tl.constexpr):
+    """The two parts of pairs that `store_pair` wrote; without PAIRS there is no second one, nor any need of it."""
+    hi = tl.load(x + o)
+    lo = hi
+    if PAIRS:
+        lo = tl.load(x_low + o)
+    return hi, lo
 
 
 @triton.jit

@@ -27,13 +27,12 @@ from .queries_backward import queries_backward
 
 
 @triton.jit
-def advance(b_state, b_norm, b_x, b_y, p_w, p_u, decay, L: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr):
+def advance(b_state, b_norm, b_x, b_y, b_w, b_u, decay, BF16: tl.constexpr, PRECISION: tl.constexpr):
     """The state and n one chunk on: S <- decay S + sum_t w_t x_t y_t^T, n <- decay n + sum_t u_t x_t."""
-    o_t = tl.arange(0, L)
     b_xt = tl.trans(b_x).to(tl.float32)
-    b_xw = operand(b_xt * tl.load(p_w + o_t)[None, :], BF16, PRECISION)
+    b_xw = operand(b_xt * b_w[None, :], BF16, PRECISION)
     b_state = dot(b_xw, operand(b_y, BF16, PRECISION), b_state * decay, PRECISION)
-    b_norm = b_norm * decay + tl.sum(b_xt * tl.load(p_u + o_t)[None, :], 1)
+    b_norm = b_norm * decay + tl.sum(b_xt * b_u[None, :], 1)
     return b_state, b_norm
 
 
@@ -44,8 +43,10 @@ def fused_forward(
     q, q_sb, q_sh, q_st,  # (B, H, T, K) in units of UNIT elements
     k, k_sb, k_sh, k_st,  # (B, H, T, K) likewise
     v, v_sb, v_sh, v_st,  # (B, H, T, V) likewise
-    c,  # (B, H, 2, NT * L)
-    a,  # (B, H, 2, NT * L)
+    c,  # (B, H, NT * L)
+    c_low,  # (B, H, NT * L)
+    a,  # (B, H, NT * L)
+    a_low,  # (B, H, NT * L)
     alpha,  # (B, H, NT * L)
     beta,  # (B, H, NT * L)
     gamma,  # (B, H, NT)
@@ -93,7 +94,6 @@ def fused_forward(
         t = n * L
         o_chunk = head * n_chunks + n
         o_row = head * padded + t
-        o_pair = head * 2 * padded + t
         b_q = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
         b_k = load_tokens(token_view(k, k_sb, k_sh, k_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
         b_v = load_tokens(token_view(v, v_sb, v_sh, v_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, V, BV, SOURCE)
@@ -102,14 +102,13 @@ def fused_forward(
             store_vector(norms + o_chunk * K, b_norm, o_k, K, BK)
         o_h, h_row = contiguous_rows(head, t, T, H, V, BTHD)
         rows_forward(
-            (b_q,), (b_k,), (b_v,), c + o_pair, a + o_pair, beta + o_row, floor + o_row, (b_state,), b_norm, h + o_h,
-            h_row, r + o_row, r, T - t, padded,
+            (b_q,), (b_k,), (b_v,), c + o_row, c_low + o_row, a + o_row, a_low + o_row, beta + o_row, floor + o_row,
+            (b_state,), b_norm, h + o_h, h_row, r + o_row, r, T - t,
             K, V, L, BK, BV, 1, SCALE, EPS, False, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         decay = tl.load(gamma + o_chunk)
-        b_state, b_norm = advance(
-            b_state, b_norm, b_k, b_v, alpha + o_row, alpha + o_row, decay, L, BF16, PRECISION
-        )  # fmt: skip
+        b_alpha = tl.load(alpha + o_row + tl.arange(0, L))
+        b_state, b_norm = advance(b_state, b_norm, b_k, b_v, b_alpha, b_alpha, decay, BF16, PRECISION)
     store_state(c_last + head * K * V, b_state, 0, 0, K, V, BK, BV)
     store_vector(n_last + head * K, b_norm, o_k, K, BK)
 
@@ -124,14 +123,15 @@ def fused_backward(
     k, k_sb, k_sh, k_st,  # (B, H, T, K) likewise
     v, v_sb, v_sh, v_st,  # (B, H, T, V) likewise
     dh, dh_sb, dh_sh, dh_st,  # (B, H, T, V) likewise
-    c,  # (B, H, 2, NT * L)
-    a,  # (B, H, 2, NT * L)
+    c,  # (B, H, NT * L)
+    c_low,  # (B, H, NT * L) if PAIRS
+    a,  # (B, H, NT * L)
+    a_low,  # (B, H, NT * L) if PAIRS
     alpha,  # (B, H, NT * L)
+    beta,  # (B, H, NT * L)
     gamma,  # (B, H, NT)
     d_inverse,  # (B, H, NT * L)
     delta,  # (B, H, NT * L)
-    state_inverse,  # (B, H, NT * L)
-    state_delta,  # (B, H, NT * L)
     states,  # (B, H, NT, K, V)
     norms,  # (B, H, NT, K)
     dc_last,  # (B, H, K, V) if HAS_LAST
@@ -188,7 +188,7 @@ def fused_backward(
         t = n * L
         o_chunk = head * n_chunks + n
         o_row = head * padded + t
-        o_pair = head * 2 * padded + t
+        o_sums = head * 2 * padded + t
         b_q = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
         b_k = load_tokens(token_view(k, k_sb, k_sh, k_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
         b_v = load_tokens(token_view(v, v_sb, v_sh, v_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, V, BV, SOURCE)
@@ -197,23 +197,25 @@ def fused_backward(
         o_dk, dk_row = contiguous_rows(head, t, T, H, K, BTHD)
         o_dv, dv_row = contiguous_rows(head, t, T, H, V, BTHD)
         queries_backward(
-            (b_q,), (b_k,), (b_v,), (b_dh,), c + o_pair, a + o_pair, d_inverse + o_row, delta + o_row,
-            state_inverse + o_row, state_delta + o_row, (b_c,), norms + o_chunk * K, dq + o_dk, dk_row, rows + o_pair,
-            T - t, 0, padded,
+            (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row, beta + o_row,
+            d_inverse + o_row, delta + o_row, (b_c,), norms + o_chunk * K, dq + o_dk, dk_row, rows + o_sums, T - t, 0,
+            padded,
             K, V, L, BK, BV, L, L, 0, SCALE, True, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         product = inner_product(b_state, b_c.to(tl.float32), BK * BV)
         product += tl.sum(b_norm * load_vector(norms + o_chunk * K, o_k, K, BK), 0)
         tl.store(inner + o_chunk, product)
         keys_values_backward(
-            (b_q,), (b_k,), (b_v,), (b_dh,), c + o_pair, a + o_pair, alpha + o_row, d_inverse + o_row,
-            delta + o_row, (b_state,), b_norm, dk + o_dk, dk_row, dv + o_dv, dv_row, cols + o_pair, T - t, 0, padded,
+            (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row, alpha + o_row,
+            d_inverse + o_row, delta + o_row, (b_state,), b_norm, dk + o_dk, dk_row, dv + o_dv, dv_row, cols + o_sums,
+            T - t, 0, padded,
             K, V, L, BK, BV, L, L, 0, SCALE, True, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         decay = tl.load(gamma + o_chunk)
-        b_state, b_norm = advance(
-            b_state, b_norm, b_q, b_dh, state_inverse + o_row, state_delta + o_row, decay, L, BF16, PRECISION
-        )
+        o_t = o_row + tl.arange(0, L)
+        b_beta = tl.load(beta + o_t) * SCALE
+        b_w, b_u = b_beta * tl.load(d_inverse + o_t), b_beta * tl.load(delta + o_t)
+        b_state, b_norm = advance(b_state, b_norm, b_q, b_dh, b_w, b_u, decay, BF16, PRECISION)
 
     store_state(dc_initial + o_state, b_state, 0, 0, K, V, BK, BV)
     store_vector(dn_initial + head * K, b_norm, o_k, K, BK)

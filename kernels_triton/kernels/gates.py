@@ -107,9 +107,11 @@ def gates_sums(
     b_sum, _, total, largest, token = _chunk_sums(
         i, i_sb, i_sh, i_st, f, f_sb, f_sh, f_st, head, t, t < T, H, L, True, False
     )
-    store_pair(sums, head * 2 * padded + t, padded, b_sum, m_n[:, None] & (t >= 0))
-    store_pair(totals, head * 4 * n_chunks + n, n_chunks, total, m_n)
-    store_pair(totals, head * 4 * n_chunks + 2 * n_chunks + n, n_chunks, largest, m_n)
+    p_sums = sums + head * 2 * padded
+    p_totals = totals + head * 4 * n_chunks
+    store_pair(p_sums, p_sums + padded, t, b_sum, m_n[:, None] & (t >= 0))
+    store_pair(p_totals, p_totals + n_chunks, n, total, m_n)
+    store_pair(p_totals + 2 * n_chunks, p_totals + 3 * n_chunks, n, largest, m_n)
     tl.store(tokens + head * n_chunks + n, token, mask=m_n)
 
 
@@ -126,8 +128,10 @@ def gates_forward(
     totals,  # (B, H, 4, NT) if SPLIT
     tokens,  # (B, H, NT) if SPLIT
     T,
-    c,  # (B, H, 2, NT * L) pair: i - b in log2 units, b the prefix sum of log f inside the chunk; less a_L
-    a,  # (B, H, 2, NT * L) pair: m - b, likewise
+    c,  # (B, H, NT * L) i - b in log2 units, b the prefix sum of log f inside the chunk; less a_L
+    c_low,  # (B, H, NT * L) what c lacks: a pair holds twice the digits
+    a,  # (B, H, NT * L) m - b, likewise
+    a_low,  # (B, H, NT * L)
     alpha,  # (B, H, NT * L) what a token adds to the state at the chunk's end
     beta,  # (B, H, NT * L) what the state at the chunk's start adds to a token
     gamma,  # (B, H, NT) what that state adds to the one at the chunk's end
@@ -179,8 +183,8 @@ def gates_forward(
     if SPLIT:
         for n0 in range(0, first, G):
             n = n0 + o_n
-            total = _float64(load_pair(p_totals, n, n_chunks))
-            largest = _float64(load_pair(p_totals + 2 * n_chunks, n, n_chunks))
+            total = _float64(load_pair(p_totals, p_totals + n_chunks, n, True))
+            largest = _float64(load_pair(p_totals + 2 * n_chunks, p_totals + 3 * n_chunks, n, True))
             token = tl.load(tokens + head * n_chunks + n)
             _, carry, pick = _advance(carry, pick, n, total, largest, token, G)
 
@@ -192,12 +196,15 @@ def gates_forward(
         if SPLIT:
             m_sum = m_n[:, None] & (o_t < L)
             o_sum = tl.where(m_sum, t, 0)
-            b_sum = _float64(load_pair(sums + head * 2 * padded, o_sum, padded))
+            p_sums = sums + head * 2 * padded
+            b_sum = _float64(load_pair(p_sums, p_sums + padded, o_sum, True))
             p_i = i + (head // H) * i_sb + (head % H) * i_sh
             b_c = tl.load(p_i + t.to(tl.int64) * i_st, mask=m_t, other=NEG_INF).to(tl.float64) - b_sum
             o_total = tl.minimum(n, n_chunks - 1)
-            total = tl.where(m_n, _float64(load_pair(p_totals, o_total, n_chunks)), 0.0)
-            largest = tl.where(m_n, _float64(load_pair(p_totals + 2 * n_chunks, o_total, n_chunks)), NEG_INF)
+            total = _float64(load_pair(p_totals, p_totals + n_chunks, o_total, True))
+            total = tl.where(m_n, total, 0.0)
+            largest = _float64(load_pair(p_totals + 2 * n_chunks, p_totals + 3 * n_chunks, o_total, True))
+            largest = tl.where(m_n, largest, NEG_INF)
             token = tl.load(tokens + head * n_chunks + o_total)
         else:
             b_sum, b_c, total, largest, token = _chunk_sums(
@@ -215,16 +222,16 @@ def gates_forward(
             b_m = b_a + b_sum
 
         m_row = m_n[:, None] & (o_t < L)
-        o_row = head * 2 * padded + t
+        o_row = head * padded + t
         origin = tl.where(end > NEG_INF, end, 0.0)
-        store_pair(c, o_row, padded, (b_c - origin[:, None]) * LOG2E, m_row)
-        store_pair(a, o_row, padded, (b_a - origin[:, None]) * LOG2E, m_row)
+        store_pair(c, c_low, o_row, (b_c - origin[:, None]) * LOG2E, m_row)
+        store_pair(a, a_low, o_row, (b_a - origin[:, None]) * LOG2E, m_row)
         b_alpha = tl.exp2(((b_c - origin[:, None]) * LOG2E).to(tl.float32))
         b_beta = tl.exp2(((begin[:, None] - b_a) * LOG2E).to(tl.float32))
-        tl.store(alpha + head * padded + t, b_alpha, mask=m_row)
-        tl.store(beta + head * padded + t, b_beta, mask=m_row)
+        tl.store(alpha + o_row, b_alpha, mask=m_row)
+        tl.store(beta + o_row, b_beta, mask=m_row)
         tl.store(gamma + head * n_chunks + n, tl.exp2(((begin - origin) * LOG2E).to(tl.float32)), mask=m_n)
-        tl.store(floor + head * padded + t, tl.exp(-b_m).to(tl.float32), mask=m_row)
+        tl.store(floor + o_row, tl.exp(-b_m).to(tl.float32), mask=m_row)
         tl.store(m + head * T + t, b_m.to(tl.float32), mask=m_t)
         tl.store(m_chunk + chunk_row + n + 1, (end + total).to(tl.float32), mask=m_n)
 

@@ -19,7 +19,7 @@ from .common import (
 
 @triton.jit
 def keys_values_backward(
-    q, k, v, dh, p_c, p_a, p_alpha, p_inverse, p_delta, dstate, dnorm,
+    q, k, v, dh, p_c, p_c_low, p_a, p_a_low, p_alpha, p_inverse, p_delta, dstate, dnorm,
     p_dk, dk_row, p_dv, dv_row, p_sums, length, key_tile, padded,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -48,7 +48,7 @@ def keys_values_backward(
     t_k = ROW + tl.arange(0, BT)
     k_first = key_tile * BK
     o_k = k_first + tl.arange(0, BK)
-    c_hi, c_lo = load_pair(p_c, t_k, padded)
+    c_hi, c_lo = load_pair(p_c, p_c_low, t_k, PAIRS)
     b_alpha = tl.load(p_alpha + t_k)
 
     scores = zeros_tuple(COUNT, BT, BS)
@@ -64,7 +64,7 @@ def keys_values_backward(
     weighted = ()
     for y in tl.static_range(COUNT):
         t_q = (FIRST + y) * BS + tl.arange(0, BS)
-        a_hi, a_lo = load_pair(p_a, t_q, padded)
+        a_hi, a_lo = load_pair(p_a, p_a_low, t_q, PAIRS)
         b_d = exp2_difference(c_hi[:, None], c_lo[:, None], a_hi[None, :], a_lo[None, :], PAIRS) * SCALE
         b_s = scores[y] * b_d * tl.load(p_inverse + t_q)[None, :]
         if (FIRST + y) * BS < ROW + BT:
@@ -106,7 +106,7 @@ def keys_values_backward(
         t_q = (FIRST + y) * BS + tl.arange(0, BS)
         b_q = queries[y]
         b_s = dot(b_k, tl.trans(b_q), tl.zeros([BT, BS], tl.float32), PRECISION)
-        a_hi, a_lo = load_pair(p_a, t_q, padded)
+        a_hi, a_lo = load_pair(p_a, p_a_low, t_q, PAIRS)
         b_d = exp2_difference(c_hi[:, None], c_lo[:, None], a_hi[None, :], a_lo[None, :], PAIRS) * SCALE
         b_ds = (products[y] * tl.load(p_inverse + t_q)[None, :] + tl.load(p_delta + t_q)[None, :]) * b_d
         if (FIRST + y) * BS < ROW + BT:

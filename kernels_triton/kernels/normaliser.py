@@ -19,19 +19,15 @@ def normaliser_backward(
     dh, dh_sb, dh_sh, dh_st,  # (B, H, T, V) in units of UNIT elements
     r,  # (B, H, NT * L) signed normaliser n.q; or the whole positive normaliser d if D_GIVEN
     floor,  # (B, H, NT * L) exp(-m)
-    beta,  # (B, H, NT * L)
     T,
     d_inverse,  # (B, H, NT * L) 1 / d, d = max(|r|, floor) + eps; 0 from T on
     delta,  # (B, H, NT * L) cotangent of r: -(dh . h) sign(r) / d where |r| > floor, else 0
-    state_inverse,  # (B, H, NT * L) scale beta / d
-    state_delta,  # (B, H, NT * L) scale beta delta
     H: tl.constexpr,
     V: tl.constexpr,
     L: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
     UNIT: tl.constexpr,
-    SCALE: tl.constexpr,
     EPS: tl.constexpr,
     EXACT: tl.constexpr,
     D_GIVEN: tl.constexpr,
@@ -67,8 +63,5 @@ def normaliser_backward(
         b_delta = tl.where(tl.abs(b_r) > b_floor, b_delta, 0.0)
     b_inverse = tl.where(m_t, 1.0 / b_d, 0.0)
     b_delta = tl.where(m_t, b_delta, 0.0)
-    b_beta = tl.load(beta + head * padded + t) * SCALE
     tl.store(d_inverse + head * padded + t, b_inverse)
     tl.store(delta + head * padded + t, b_delta)
-    tl.store(state_inverse + head * padded + t, b_beta * b_inverse)
-    tl.store(state_delta + head * padded + t, b_beta * b_delta)

@@ -17,6 +17,12 @@ from .common import (
 )
 
 
+# How a scan is cut: not at all; or into segments, what each adds, and the segments from where those before them end.
+ONE = tl.constexpr(0)
+SUM = tl.constexpr(1)
+FOLLOW = tl.constexpr(2)
+
+
 @triton.jit
 def norm_product(b_norm, p_n, o_k, vt, K: tl.constexpr, BK: tl.constexpr):
     """dn . n of one key tile; the first value tile's programs own it."""
@@ -29,8 +35,9 @@ def norm_product(b_norm, p_n, o_k, vt, K: tl.constexpr, BK: tl.constexpr):
 def state_scan(
     x, x_sb, x_sh, x_st,  # (B, H, T, K) in units of UNIT elements: k; backward: q
     y, y_sb, y_sh, y_st,  # (B, H, T, V) likewise: v; backward: dh
-    w,  # (B, H, NT * L) weight of a token in S: alpha; backward: scale beta / d
-    u,  # (B, H, NT * L) its weight in n, backward: scale beta delta; forward w
+    w,  # (B, H, NT * L) weight of a token in S and n: alpha; backward in S, 1 / d, to be multiplied by scale beta
+    u,  # (B, H, NT * L) backward: its weight in n, delta, likewise
+    beta,  # (B, H, NT * L) backward
     gamma,  # (B, H, NT)
     state_in,  # (B, H, K, V) if HAS_STATE_IN: c_initial; backward: the cotangent of c_last
     norm_in,  # (B, H, K) likewise for n, if HAS_NORM_IN
@@ -38,12 +45,16 @@ def state_scan(
     fw_norm_last,  # (B, H, K) backward, if HAS_STATE_IN: n_last
     fw_initial,  # (B, H, K, V) backward, if HAS_INITIAL: c_initial
     fw_norm_initial,  # (B, H, K) backward, if HAS_INITIAL
+    sums,  # (B, H, segments - 1, K, V) if SEGMENTS == FOLLOW: what each segment adds to S
+    norm_sums,  # (B, H, segments - 1, K) likewise for n
+    decays,  # (B, H, segments - 1) likewise: what it leaves of S and n
+    segment,  # chunks per segment, unless SEGMENTS == ONE
     T,
     states,  # (B, H, NT, K, V) state at each chunk's start; backward: cotangent of the state after each chunk
     norms,  # (B, H, NT, K)
-    state_out,  # (B, H, K, V) c_last; backward: the cotangent of c_initial
-    norm_out,  # (B, H, K)
-    outer,  # (B, H, NKT * NVT, 2) backward: partial <dC, C> + dn.n at the last and the initial state; else unused
+    state_out,  # (B, H, K, V) c_last; backward: the cotangent of c_initial. SUM: sums
+    norm_out,  # (B, H, K). SUM: norm_sums
+    outer,  # (B, H, NKT * NVT, 2) backward: partial <dC, C> + dn.n at the last and the initial state. SUM: decays
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -52,6 +63,8 @@ def state_scan(
     BK: tl.constexpr,
     BV: tl.constexpr,
     UNIT: tl.constexpr,
+    SCALE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     BACKWARD: tl.constexpr,
     HAS_STATE_IN: tl.constexpr,
     HAS_NORM_IN: tl.constexpr,
@@ -62,9 +75,11 @@ def state_scan(
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per head and (BK, BV) tile of the state.
+    """One program per head, segment of chunks and (BK, BV) tile of the state.
 
     S <- gamma S + sum_t w_t x_t y_t^T and n <- gamma n + sum_t u_t x_t, chunk by chunk; backward from the last one.
+    Where heads are few, the scan is cut into segments that run side by side: a first launch (SUM) finds what each but
+    the last adds, a second (FOLLOW) starts each segment from what those before it leave.
     """
     NKT: tl.constexpr = (K + BK - 1) // BK
     NVT: tl.constexpr = (V + BV - 1) // BV
@@ -74,6 +89,17 @@ def state_scan(
     kt = (pid // NVT) % NKT
     head = pid // (NVT * NKT)
     n_chunks = tl.cdiv(T, L)
+    first = 0
+    stop = n_chunks
+    rank = 0
+    if SEGMENTS != ONE:
+        others = (n_chunks - 1) // segment  # all segments but the last
+        count = others + (SEGMENTS == FOLLOW)
+        rank = (head % count).to(tl.int32)
+        head = head // count
+        first = rank * segment
+        stop = tl.minimum(first + segment, n_chunks)
+        o_sums = head * others
     padded = n_chunks.to(tl.int64) * L
     k0 = (kt * BK).to(tl.int32)
     v0 = (vt * BV).to(tl.int32)
@@ -88,7 +114,7 @@ def state_scan(
         b_state = load_state((state_in + o_state,), k0, v0, K, V, BK, BV, POINTERS).to(tl.float32)
     if HAS_NORM_IN:
         b_norm = load_vector(norm_in + head * K, o_k, K, BK).to(tl.float32)
-    if HAS_OUTER:
+    if HAS_OUTER and rank == 0:
         product = tl.full([], 0.0, tl.float32)
         if HAS_STATE_IN:
             b_c = load_state((fw_last + o_state,), k0, v0, K, V, BK, BV, POINTERS)
@@ -97,7 +123,15 @@ def state_scan(
                 product += norm_product(b_norm, fw_norm_last + head * K, o_k, vt, K, BK)
         tl.store(p_outer, product)
 
-    for step in range(0, n_chunks * PER):
+    if SEGMENTS == FOLLOW:
+        for s in range(0, rank):
+            decay = tl.load(decays + o_sums + s)
+            b_sum = load_state((sums + (o_sums + s) * K * V,), k0, v0, K, V, BK, BV, POINTERS)
+            b_state = b_state * decay + b_sum
+            b_norm = b_norm * decay + load_vector(norm_sums + (o_sums + s) * K, o_k, K, BK)
+    left = tl.full([], 1.0, tl.float32)
+
+    for step in range(first * PER, stop * PER):
         n = step // PER
         if BACKWARD:
             n = n_chunks - 1 - n
@@ -106,17 +140,21 @@ def state_scan(
             decay = tl.where(step % PER == 0, decay, 1.0)
         if PER == 1 or step % PER == 0:
             o_chunk = head * n_chunks + n
-            store_state(states + o_chunk * K * V, b_state, k0, v0, K, V, BK, BV)
-            if vt == 0:
-                store_vector(norms + o_chunk * K, b_norm, o_k, K, BK)
+            if SEGMENTS != SUM:
+                store_state(states + o_chunk * K * V, b_state, k0, v0, K, V, BK, BV)
+                if vt == 0:
+                    store_vector(norms + o_chunk * K, b_norm, o_k, K, BK)
         b_state *= decay
         b_norm *= decay
+        left *= decay
 
         t = n * L + step % PER * BT
         b_w = tl.load(w + head * padded + t + o_t)
         b_u = b_w
         if BACKWARD:
-            b_u = tl.load(u + head * padded + t + o_t)
+            b_beta = tl.load(beta + head * padded + t + o_t) * SCALE
+            b_w *= b_beta
+            b_u = tl.load(u + head * padded + t + o_t) * b_beta
         t = tl.minimum(t, T - 1)
         x_view = token_view(x, x_sb, x_sh, x_st, head, t, T, H, UNIT, SOURCE)
         y_view = token_view(y, y_sb, y_sh, y_st, head, t, T, H, UNIT, SOURCE)
@@ -127,10 +165,20 @@ def state_scan(
         if vt == 0:
             b_norm += tl.sum(b_x * b_u[None, :], 1)
 
-    store_state(state_out + o_state, b_state, k0, v0, K, V, BK, BV)
-    if vt == 0:
-        store_vector(norm_out + head * K, b_norm, o_k, K, BK)
-    if HAS_OUTER:
+    if SEGMENTS == SUM:
+        store_state(state_out + (o_sums + rank) * K * V, b_state, k0, v0, K, V, BK, BV)
+        if vt == 0:
+            store_vector(norm_out + (o_sums + rank) * K, b_norm, o_k, K, BK)
+            if kt == 0:
+                tl.store(outer + o_sums + rank, left)
+        if pid == 0:
+            tl.store(states, 0.0)
+            tl.store(norms, 0.0)
+    elif stop == n_chunks:
+        store_state(state_out + o_state, b_state, k0, v0, K, V, BK, BV)
+        if vt == 0:
+            store_vector(norm_out + head * K, b_norm, o_k, K, BK)
+    if HAS_OUTER and stop == n_chunks:
         product = tl.full([], 0.0, tl.float32)
         if HAS_INITIAL:
             b_c = load_state((fw_initial + o_state,), k0, v0, K, V, BK, BV, POINTERS).to(tl.float32)
@@ -138,6 +186,5 @@ def state_scan(
             if HAS_NORMS:
                 product += norm_product(b_norm, fw_norm_initial + head * K, o_k, vt, K, BK)
         tl.store(p_outer + 1, product)
-    else:
-        if pid == 0:
-            tl.store(outer, 0.0)
+    if SEGMENTS != SUM and not HAS_OUTER and pid == 0:
+        tl.store(outer, 0.0)
