@@ -1,0 +1,148 @@
+"""The launches of the scan over chunks, forward and backward; in segments where heads are few."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .config import MAX_SEGMENTS, PROGRAMS
+from .kernels import state_scan
+from .kernels.state import FOLLOW, ONE, SUM
+from .launch import Launch, Spec
+from .launch_builder import NORMALISER, LaunchBuilder, cdiv
+
+# What each segment adds to the state and to n, and what it leaves of them.
+SUMS = ("sums", "norm_sums", "decays")
+
+
+class ScanBuilder(LaunchBuilder):
+    """One launch, or two: what each segment adds, then all segments side by side."""
+
+    def _tiles(self, backward: bool) -> int:
+        tile = self.config.dstate if backward else self.config.state
+        return cdiv(self.p.K, tile.BK) * cdiv(self.p.V, tile.BV)
+
+    def segments(self, backward: bool) -> int:
+        """Into how many segments the scan is cut: as many as make PROGRAMS programs, of four chunks or more."""
+        most = min(MAX_SEGMENTS, self.NT // 4, PROGRAMS // (self.heads * self._tiles(backward)))
+        return cdiv(self.NT, cdiv(self.NT, most)) if most > 1 else 1
+
+    def _scan(
+        self,
+        backward: bool,
+        segments: Any,
+        operands: dict[str, Any],
+        outputs: dict[str, tuple[str, Spec]],
+        **flags: bool,
+    ) -> Launch:
+        """segments: ONE, SUM or FOLLOW, a constant of kernels/state.py."""
+        p, tile = self.p, self.config.dstate if backward else self.config.state
+        x, y = ("q", "dh") if backward else ("k", "v")
+        tokens, unit = self._tokens(tile, ("x", x), ("y", y))
+        count = self.segments(backward)
+        programs = {ONE.value: 1, SUM.value: count - 1, FOLLOW.value: count}[segments.value]
+        return self._launch(
+            state_scan,
+            {
+                **tokens,
+                "w": NORMALISER[0] if backward else "alpha",
+                "u": NORMALISER[1] if backward else None,
+                "beta": "beta" if backward else None,
+                "gamma": "gamma",
+                **operands,
+                **{name: name if segments.value == FOLLOW.value else None for name in SUMS},
+                "segment": cdiv(self.NT, count),
+                "T": p.T,
+            },
+            outputs,
+            self.heads * self._tiles(backward) * programs,
+            tile,
+            "BT BK BV",
+            K=p.K,
+            V=p.V,
+            UNIT=unit,
+            SCALE=p.scale,
+            SEGMENTS=segments.value,
+            BACKWARD=backward,
+            SOURCE=self.source(tile),
+            BF16=p.dtype == "bfloat16",
+            PRECISION=self.precision,
+            **flags,
+        )
+
+    def _scans(
+        self,
+        backward: bool,
+        operands: dict[str, Any],
+        names: tuple[str, str, str, str, str],
+        **flags: bool,
+    ) -> tuple[Launch, ...]:
+        """names: of the outputs' buffers."""
+        p, head = self.p, (self.p.B, self.p.H)
+        count = self.segments(backward)
+        shapes = (
+            self.states_spec,
+            self.norms_spec,
+            Spec((*head, p.K, p.V), "float32"),
+            Spec((*head, p.K), "float32"),
+            Spec((*head, self._tiles(backward), 2) if flags["HAS_OUTER"] else (1,), "float32"),
+        )
+        parameters = ("states", "norms", "state_out", "norm_out", "outer")
+        outputs = {x: (name, shape) for x, name, shape in zip(parameters, names, shapes, strict=True)}
+        if count == 1:
+            return (self._scan(backward, ONE, operands, outputs, **flags),)
+        sums = (
+            ("unused_states", Spec((1,), self.state_dtype)),
+            ("unused_norms", Spec((1,), "float32")),
+            (SUMS[0], Spec((*head, count - 1, p.K, p.V), "float32")),
+            (SUMS[1], Spec((*head, count - 1, p.K), "float32")),
+            (SUMS[2], Spec((*head, count - 1), "float32")),
+        )
+        nothing = dict.fromkeys(operands)
+        return (
+            self._scan(backward, SUM, nothing, dict(zip(parameters, sums, strict=True)), **dict.fromkeys(flags, False)),
+            self._scan(backward, FOLLOW, operands, outputs, **flags),
+        )
+
+    def state_forward(self, last: tuple[str, str] = ("c_last", "n_last")) -> tuple[Launch, ...]:
+        """Chunk-start states and the last state, under the names `last`."""
+        initial = self.p.has_initial
+        return self._scans(
+            False,
+            {
+                "state_in": "c_initial" if initial else None,
+                "norm_in": "n_initial" if initial else None,
+                **dict.fromkeys(("fw_last", "fw_norm_last", "fw_initial", "fw_norm_initial")),
+            },
+            ("states", "norms", *last, "unused_scan"),
+            HAS_STATE_IN=initial,
+            HAS_NORM_IN=initial,
+            HAS_INITIAL=initial,
+            HAS_OUTER=False,
+            HAS_NORMS=True,
+        )
+
+    def state_backward(
+        self, has_dc_last: bool, has_dn_last: bool, outer: bool = True, norms: bool = True
+    ) -> tuple[Launch, ...]:
+        """Cotangents of the states after each chunk, and of the initial state.
+
+        outer: with the products at both ends that the gates' gradients need. norms: n is there and has a cotangent.
+        """
+        initial = self.p.has_initial and outer
+        return self._scans(
+            True,
+            {
+                "state_in": "dc_last" if has_dc_last else None,
+                "norm_in": "dn_last" if has_dn_last else None,
+                "fw_last": "c_last" if outer and has_dc_last else None,
+                "fw_norm_last": "n_last" if outer and norms and has_dc_last else None,
+                "fw_initial": "c_initial" if initial else None,
+                "fw_norm_initial": "n_initial" if initial and norms else None,
+            },
+            ("dstates", "dnorms", "dc_initial", "dn_initial", "outer" if outer else "unused_scan"),
+            HAS_STATE_IN=has_dc_last,
+            HAS_NORM_IN=has_dn_last,
+            HAS_INITIAL=initial,
+            HAS_OUTER=outer,
+            HAS_NORMS=norms,
+        )
