@@ -75,8 +75,8 @@ class Builder(FusedBuilder, ScanBuilder):
                 "T": p.T,
             },
             {
-                **{name: (name, Spec(self.rows, "float32")) for name in GATES[:-1]},
-                "gamma": ("gamma", Spec((*head, self.NT), "float32")),
+                **{name: (name, Spec(self.rows, "float32")) for name in GATES[:4]},
+                **{name: (name, Spec((*head, self.NT), "float32")) for name in GATES[4:]},
                 "floor": ("floor", Spec(self.rows, "float32")),
                 "m": ("m", Spec((*head, p.T), "float32")),
                 "m_chunk": ("m_chunk", Spec((*head, self.NT + 1), "float32")),
@@ -101,7 +101,7 @@ class Builder(FusedBuilder, ScanBuilder):
             chunk_forward,
             {
                 **tokens,
-                **{name: name for name in ("c", "c_low", "a", "a_low", "beta", "floor")},
+                **{name: name for name in (*GATES, "floor")},
                 "states": self._states(tile, "states"),
                 "norms": "norms",
                 "T": p.T,
@@ -140,6 +140,7 @@ class Builder(FusedBuilder, ScanBuilder):
                 "dh_st": st // unit,
                 "r": given or "r",
                 "floor": None if given else "floor",
+                **self._gates_backward(*GATES[2:]),
                 "T": p.T,
             },
             {name: (name, Spec(self.rows, "float32")) for name in NORMALISER},
@@ -148,10 +149,12 @@ class Builder(FusedBuilder, ScanBuilder):
             "BT BV",
             V=p.V,
             UNIT=unit,
+            SCALE=p.scale,
             EPS=p.eps,
             EXACT=p.normalizer_grad == "exact" and not given,
             D_GIVEN=given is not None,
             BTHD=p.layout == "bthd",
+            PAIRS=self.pairs,
         )
 
     def gradients(self, norms: bool = True, inner: bool = True) -> Launch:
@@ -164,7 +167,7 @@ class Builder(FusedBuilder, ScanBuilder):
             chunk_backward,
             {
                 **tokens,
-                **self._gates_backward(*GATES[:-1]),
+                **self._gates_backward(*GATES[:4]),
                 **{name: name for name in NORMALISER},
                 "states": self._states(tile, "states"),
                 "norms": "norms" if norms else None,

@@ -59,7 +59,7 @@ class FusedBuilder(LaunchBuilder):
             fused_backward,
             {
                 **tokens,
-                **self._gates_backward(*GATES),
+                **self._gates_backward(*GATES[:-1]),
                 **{name: name for name in NORMALISER},
                 "states": self._states(tile, "states"),
                 "norms": "norms",

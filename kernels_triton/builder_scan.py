@@ -8,7 +8,7 @@ from .config import MAX_SEGMENTS, PROGRAMS
 from .kernels import state_scan
 from .kernels.state import FOLLOW, ONE, SUM
 from .launch import Launch, Spec
-from .launch_builder import NORMALISER, LaunchBuilder, cdiv
+from .launch_builder import LaunchBuilder, cdiv
 
 # What each segment adds to the state and to n, and what it leaves of them.
 SUMS = ("sums", "norm_sums", "decays")
@@ -44,9 +44,9 @@ class ScanBuilder(LaunchBuilder):
             state_scan,
             {
                 **tokens,
-                "w": NORMALISER[0] if backward else "alpha",
-                "u": NORMALISER[1] if backward else None,
-                "beta": "beta" if backward else None,
+                "w": "state_inverse" if backward else "c",
+                "w_low": "c_low" if self.pairs and not backward else None,
+                "u": "state_delta" if backward else None,
                 "gamma": "gamma",
                 **operands,
                 **{name: name if segments.value == FOLLOW.value else None for name in SUMS},
@@ -60,8 +60,8 @@ class ScanBuilder(LaunchBuilder):
             K=p.K,
             V=p.V,
             UNIT=unit,
-            SCALE=p.scale,
             SEGMENTS=segments.value,
+            PAIRS=self.pairs,
             BACKWARD=backward,
             SOURCE=self.source(tile),
             BF16=p.dtype == "bfloat16",

@@ -11,9 +11,9 @@ from .launch import Descriptor, Launch, Operand, Spec
 from .problem import Problem, Strides
 
 # Buffers that the gates' kernel makes and most others read.
-GATES = ("c", "c_low", "a", "a_low", "alpha", "beta", "gamma")
+GATES = ("c", "c_low", "a", "a_low", "gamma", "gamma_low")
 # And those that the normaliser's kernel makes, backward.
-NORMALISER = ("d_inverse", "delta")
+NORMALISER = ("d_inverse", "delta", "state_inverse", "state_delta")
 
 
 def cdiv(x: int, y: int) -> int:

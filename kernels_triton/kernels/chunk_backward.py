@@ -51,10 +51,10 @@ def chunk_backward(
     c_low,  # (B, H, NT * L) if PAIRS
     a,  # (B, H, NT * L)
     a_low,  # (B, H, NT * L) if PAIRS
-    alpha,  # (B, H, NT * L)
-    beta,  # (B, H, NT * L)
     d_inverse,  # (B, H, NT * L) 1 / normaliser
     delta,  # (B, H, NT * L) cotangent of the signed normaliser
+    state_inverse,  # (B, H, NT * L) scale beta / normaliser
+    state_delta,  # (B, H, NT * L) scale beta delta
     states,  # (B, H, NT, K, V) C
     norms,  # (B, H, NT, K) n, if HAS_NORMS
     dstates,  # (B, H, NT, K, V) dC'
@@ -119,9 +119,9 @@ def chunk_backward(
     for tile in tl.static_range(NRT):
         if role == tile:
             queries_backward(
-                q_view, k_view, v_view, dh_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row, beta + o_row,
-                d_inverse + o_row, delta + o_row, state, p_norm, dq + o_dk, dk_row, rows + o_sums, T - t, key_tile,
-                padded,
+                q_view, k_view, v_view, dh_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row,
+                d_inverse + o_row, delta + o_row, state_inverse + o_row, state_delta + o_row, state, p_norm,
+                dq + o_dk, dk_row, rows + o_sums, T - t, key_tile, padded,
                 K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, SOURCE, SOURCE, BF16,
                 PRECISION,
             )  # fmt: skip
@@ -130,7 +130,7 @@ def chunk_backward(
                 _state_product(state, dstate, p_norm, p_dnorm, p_inner, key_tile, K, V, BK, BV, HAS_NORMS, SOURCE)
         if role == NRT + tile:
             keys_values_backward(
-                q_view, k_view, v_view, dh_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row, alpha + o_row,
+                q_view, k_view, v_view, dh_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row,
                 d_inverse + o_row, delta + o_row, dstate, p_dnorm, dk + o_dk, dk_row, dv + o_dv, dv_row,
                 cols + o_sums, T - t, key_tile, padded,
                 K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, SOURCE, SOURCE, BF16,

@@ -21,7 +21,7 @@ from .common import (
 
 @triton.jit
 def rows_forward(
-    q, k, v, p_c, p_c_low, p_a, p_a_low, p_beta, p_floor, state, norm, p_h, h_row, p_r, p_d,
+    q, k, v, p_c, p_c_low, p_a, p_a_low, p_gamma, p_gamma_low, p_floor, state, norm, p_h, h_row, p_r, p_d,
     length,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -55,7 +55,8 @@ def rows_forward(
         b_r += tl.sum(b_q.to(tl.float32) * b_norm[None, :], 1)
 
     a_hi, a_lo = load_pair(p_a, p_a_low, t_q, True)
-    b_beta = tl.load(p_beta + t_q) * SCALE
+    g_hi, g_lo = load_pair(p_gamma, p_gamma_low, 0, True)
+    b_beta = exp2_difference(g_hi, g_lo, a_hi, a_lo, True) * SCALE
     b_r = b_r * b_beta
     weighted = ()
     for y in tl.static_range(COUNT):
@@ -98,7 +99,8 @@ def chunk_forward(
     c_low,  # (B, H, NT * L)
     a,  # (B, H, NT * L)
     a_low,  # (B, H, NT * L)
-    beta,  # (B, H, NT * L)
+    gamma,  # (B, H, NT)
+    gamma_low,  # (B, H, NT)
     floor,  # (B, H, NT * L)
     states,  # (B, H, NT, K, V)
     norms,  # (B, H, NT, K)
@@ -139,16 +141,17 @@ def chunk_forward(
     q_view = token_view(q, q_sb, q_sh, q_st, head, t, T, H, UNIT, SOURCE)
     k_view = token_view(k, k_sb, k_sh, k_st, head, t, T, H, UNIT, SOURCE)
     v_view = token_view(v, v_sb, v_sh, v_st, head, t, T, H, UNIT, SOURCE)
-    state = state_view(states, head * n_chunks + n, K, V, SOURCE)
+    o_chunk = head * n_chunks + n
+    state = state_view(states, o_chunk, K, V, SOURCE)
     o_h, h_row = contiguous_rows(head, t, T, H, V, BTHD)
     o_row = head * padded + t
-    p_norm = norms + (head * n_chunks + n) * K
+    p_norm = norms + o_chunk * K
     if not STORE_D and pid == 0:
         tl.store(d, 0.0)
     for tile in tl.static_range(NRT):
         if role == tile:
             rows_forward(
-                q_view, k_view, v_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row, beta + o_row,
-                floor + o_row, state, p_norm, h + o_h, h_row, r + o_row, d + head * T + t, T - t,
+                q_view, k_view, v_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row, gamma + o_chunk,
+                gamma_low + o_chunk, floor + o_row, state, p_norm, h + o_h, h_row, r + o_row, d + head * T + t, T - t,
                 K, V, BT, BK, BV, tile + 1, SCALE, EPS, STORE_D, SOURCE, SOURCE, BF16, PRECISION,
             )  # fmt: skip

@@ -47,9 +47,8 @@ def fused_forward(
     c_low,  # (B, H, NT * L)
     a,  # (B, H, NT * L)
     a_low,  # (B, H, NT * L)
-    alpha,  # (B, H, NT * L)
-    beta,  # (B, H, NT * L)
     gamma,  # (B, H, NT)
+    gamma_low,  # (B, H, NT)
     floor,  # (B, H, NT * L)
     c_initial,  # (B, H, K, V) if HAS_INITIAL
     n_initial,  # (B, H, K) likewise
@@ -102,12 +101,12 @@ def fused_forward(
             store_vector(norms + o_chunk * K, b_norm, o_k, K, BK)
         o_h, h_row = contiguous_rows(head, t, T, H, V, BTHD)
         rows_forward(
-            (b_q,), (b_k,), (b_v,), c + o_row, c_low + o_row, a + o_row, a_low + o_row, beta + o_row, floor + o_row,
-            (b_state,), b_norm, h + o_h, h_row, r + o_row, r, T - t,
+            (b_q,), (b_k,), (b_v,), c + o_row, c_low + o_row, a + o_row, a_low + o_row, gamma + o_chunk,
+            gamma_low + o_chunk, floor + o_row, (b_state,), b_norm, h + o_h, h_row, r + o_row, r, T - t,
             K, V, L, BK, BV, 1, SCALE, EPS, False, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
-        decay = tl.load(gamma + o_chunk)
-        b_alpha = tl.load(alpha + o_row + tl.arange(0, L))
+        decay = tl.exp2(tl.load(gamma + o_chunk))
+        b_alpha = tl.exp2(tl.load(c + o_row + tl.arange(0, L)))
         b_state, b_norm = advance(b_state, b_norm, b_k, b_v, b_alpha, b_alpha, decay, BF16, PRECISION)
     store_state(c_last + head * K * V, b_state, 0, 0, K, V, BK, BV)
     store_vector(n_last + head * K, b_norm, o_k, K, BK)
@@ -127,11 +126,11 @@ def fused_backward(
     c_low,  # (B, H, NT * L) if PAIRS
     a,  # (B, H, NT * L)
     a_low,  # (B, H, NT * L) if PAIRS
-    alpha,  # (B, H, NT * L)
-    beta,  # (B, H, NT * L)
     gamma,  # (B, H, NT)
     d_inverse,  # (B, H, NT * L)
     delta,  # (B, H, NT * L)
+    state_inverse,  # (B, H, NT * L)
+    state_delta,  # (B, H, NT * L)
     states,  # (B, H, NT, K, V)
     norms,  # (B, H, NT, K)
     dc_last,  # (B, H, K, V) if HAS_LAST
@@ -197,24 +196,23 @@ def fused_backward(
         o_dk, dk_row = contiguous_rows(head, t, T, H, K, BTHD)
         o_dv, dv_row = contiguous_rows(head, t, T, H, V, BTHD)
         queries_backward(
-            (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row, beta + o_row,
-            d_inverse + o_row, delta + o_row, (b_c,), norms + o_chunk * K, dq + o_dk, dk_row, rows + o_sums, T - t, 0,
-            padded,
+            (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row,
+            d_inverse + o_row, delta + o_row, state_inverse + o_row, state_delta + o_row, (b_c,), norms + o_chunk * K,
+            dq + o_dk, dk_row, rows + o_sums, T - t, 0, padded,
             K, V, L, BK, BV, L, L, 0, SCALE, True, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         product = inner_product(b_state, b_c.to(tl.float32), BK * BV)
         product += tl.sum(b_norm * load_vector(norms + o_chunk * K, o_k, K, BK), 0)
         tl.store(inner + o_chunk, product)
         keys_values_backward(
-            (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row, alpha + o_row,
+            (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row,
             d_inverse + o_row, delta + o_row, (b_state,), b_norm, dk + o_dk, dk_row, dv + o_dv, dv_row, cols + o_sums,
             T - t, 0, padded,
             K, V, L, BK, BV, L, L, 0, SCALE, True, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
-        decay = tl.load(gamma + o_chunk)
+        decay = tl.exp2(tl.load(gamma + o_chunk))
         o_t = o_row + tl.arange(0, L)
-        b_beta = tl.load(beta + o_t) * SCALE
-        b_w, b_u = b_beta * tl.load(d_inverse + o_t), b_beta * tl.load(delta + o_t)
+        b_w, b_u = tl.load(state_inverse + o_t), tl.load(state_delta + o_t)
         b_state, b_norm = advance(b_state, b_norm, b_q, b_dh, b_w, b_u, decay, BF16, PRECISION)
 
     store_state(dc_initial + o_state, b_state, 0, 0, K, V, BK, BV)

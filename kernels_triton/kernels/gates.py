@@ -132,9 +132,8 @@ def gates_forward(
     c_low,  # (B, H, NT * L) what c lacks: a pair holds twice the digits
     a,  # (B, H, NT * L) m - b, likewise
     a_low,  # (B, H, NT * L)
-    alpha,  # (B, H, NT * L) what a token adds to the state at the chunk's end
-    beta,  # (B, H, NT * L) what the state at the chunk's start adds to a token
-    gamma,  # (B, H, NT) what that state adds to the one at the chunk's end
+    gamma,  # (B, H, NT) log2 of what the state at the chunk's start adds to the one at its end
+    gamma_low,  # (B, H, NT)
     floor,  # (B, H, NT * L) exp(-m)
     m,  # (B, H, T) stabiliser per token
     m_chunk,  # (B, H, NT + 1) stabiliser of the state at each chunk's start, and of the last state
@@ -151,8 +150,9 @@ def gates_forward(
 ):  # fmt: skip
     """One program per head, G chunks at a time; if SPLIT, one per head and G chunks, after `gates_sums`.
 
-    D_ij = 2**(c_j - a_i), alpha_j = 2**(c_j - a_L), beta_i = 2**(M - a_i), gamma = 2**(M - a_L), M the stabiliser of
-    the state at the chunk's start. a_L, the chunk's largest a, is subtracted from all.
+    What token j adds to row i, D_ij = 2**(c_j - a_i), and to the state at the chunk's end, alpha_j = 2**c_j; what the
+    state at the chunk's start adds to row i, beta_i = 2**(gamma - a_i), and to the one at the end, 2**gamma. a_L, the
+    chunk's largest a, is subtracted from c, a and gamma.
     """
     n_chunks = tl.cdiv(T, L)
     padded = n_chunks.to(tl.int64) * L
@@ -226,11 +226,7 @@ def gates_forward(
         origin = tl.where(end > NEG_INF, end, 0.0)
         store_pair(c, c_low, o_row, (b_c - origin[:, None]) * LOG2E, m_row)
         store_pair(a, a_low, o_row, (b_a - origin[:, None]) * LOG2E, m_row)
-        b_alpha = tl.exp2(((b_c - origin[:, None]) * LOG2E).to(tl.float32))
-        b_beta = tl.exp2(((begin[:, None] - b_a) * LOG2E).to(tl.float32))
-        tl.store(alpha + o_row, b_alpha, mask=m_row)
-        tl.store(beta + o_row, b_beta, mask=m_row)
-        tl.store(gamma + head * n_chunks + n, tl.exp2(((begin - origin) * LOG2E).to(tl.float32)), mask=m_n)
+        store_pair(gamma, gamma_low, head * n_chunks + n, (begin - origin) * LOG2E, m_n)
         tl.store(floor + o_row, tl.exp(-b_m).to(tl.float32), mask=m_row)
         tl.store(m + head * T + t, b_m.to(tl.float32), mask=m_t)
         tl.store(m_chunk + chunk_row + n + 1, (end + total).to(tl.float32), mask=m_n)

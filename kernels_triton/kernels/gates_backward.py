@@ -11,7 +11,7 @@ from .common import cast
 )
 def gates_backward(
     f, f_sb, f_sh, f_st,  # (B, H, T) forget gate pre-activations
-    gamma,  # (B, H, NT)
+    gamma,  # (B, H, NT) log2
     rows,  # (B, H, 2 * NKT, NT * L) per key tile: sum_j<i X_ij + P_i; X_ii
     cols,  # (B, H, 2 * NKT, NT * L) per key tile: sum_i>j X_ij; U_j
     inner,  # (B, H, NW, NT) partial <dC', C> + dn'.n per chunk
@@ -61,7 +61,7 @@ def gates_backward(
     for part in range(0, NP):
         at_last += tl.load(outer + (head * NP + part) * 2).to(tl.float64)
         at_initial += tl.load(outer + (head * NP + part) * 2 + 1).to(tl.float64)
-    w = w * tl.load(gamma + head * n_chunks + n).to(tl.float64)
+    w = w * tl.exp2(tl.load(gamma + head * n_chunks + n)).to(tl.float64)
 
     b_di = b_col + b_diag + b_u
     b_dlogf = tl.cumsum(b_row - b_col, 0, reverse=True) + (tl.cumsum(b_u, 0) - b_u) + w

@@ -19,7 +19,7 @@ from .common import (
 
 @triton.jit
 def keys_values_backward(
-    q, k, v, dh, p_c, p_c_low, p_a, p_a_low, p_alpha, p_inverse, p_delta, dstate, dnorm,
+    q, k, v, dh, p_c, p_c_low, p_a, p_a_low, p_inverse, p_delta, dstate, dnorm,
     p_dk, dk_row, p_dv, dv_row, p_sums, length, key_tile, padded,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -49,7 +49,7 @@ def keys_values_backward(
     k_first = key_tile * BK
     o_k = k_first + tl.arange(0, BK)
     c_hi, c_lo = load_pair(p_c, p_c_low, t_k, PAIRS)
-    b_alpha = tl.load(p_alpha + t_k)
+    b_alpha = exp2_difference(c_hi, c_lo, 0.0, 0.0, PAIRS)
 
     scores = zeros_tuple(COUNT, BT, BS)
     for k0 in tl.static_range(0, K, BK):

@@ -6,6 +6,8 @@ import triton.language as tl
 from .common import (
     POINTERS,
     contiguous_rows,
+    exp2_difference,
+    load_pair,
     load_tokens,
     token_view,
 )
@@ -19,26 +21,34 @@ def normaliser_backward(
     dh, dh_sb, dh_sh, dh_st,  # (B, H, T, V) in units of UNIT elements
     r,  # (B, H, NT * L) signed normaliser n.q; or the whole positive normaliser d if D_GIVEN
     floor,  # (B, H, NT * L) exp(-m)
+    a,  # (B, H, NT * L)
+    a_low,  # (B, H, NT * L) if PAIRS
+    gamma,  # (B, H, NT)
+    gamma_low,  # (B, H, NT) if PAIRS
     T,
     d_inverse,  # (B, H, NT * L) 1 / d, d = max(|r|, floor) + eps; 0 from T on
     delta,  # (B, H, NT * L) cotangent of r: -(dh . h) sign(r) / d where |r| > floor, else 0
+    state_inverse,  # (B, H, NT * L) scale beta / d
+    state_delta,  # (B, H, NT * L) scale beta delta
     H: tl.constexpr,
     V: tl.constexpr,
     L: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
     UNIT: tl.constexpr,
+    SCALE: tl.constexpr,
     EPS: tl.constexpr,
     EXACT: tl.constexpr,
     D_GIVEN: tl.constexpr,
     BTHD: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One program per head and tile of BT tokens."""
     pid = tl.program_id(0).to(tl.int64)
     padded = tl.cdiv(T, L).to(tl.int64) * L
     head = pid // (padded // BT)
-    first = ((pid % (padded // BT)) * BT).to(tl.int32)
-    t = first + tl.arange(0, BT)
+    start = ((pid % (padded // BT)) * BT).to(tl.int32)
+    t = start + tl.arange(0, BT)
     m_t = t < T
     if D_GIVEN:
         b_r = tl.load(r + head * T + t, mask=m_t, other=1.0)
@@ -50,7 +60,7 @@ def normaliser_backward(
         b_d = tl.maximum(tl.abs(b_r), b_floor) + EPS
     b_delta = tl.zeros([BT], tl.float32)
     if EXACT:
-        first = tl.minimum(first, T - 1)
+        first = tl.minimum(start, T - 1)
         dh_view = token_view(dh, dh_sb, dh_sh, dh_st, head, first, T, H, UNIT, POINTERS)
         o_h, h_row = contiguous_rows(head, first, T, H, V, BTHD)
         h_view = (h + o_h, h_row, T - first)
@@ -63,5 +73,11 @@ def normaliser_backward(
         b_delta = tl.where(tl.abs(b_r) > b_floor, b_delta, 0.0)
     b_inverse = tl.where(m_t, 1.0 / b_d, 0.0)
     b_delta = tl.where(m_t, b_delta, 0.0)
-    tl.store(d_inverse + head * padded + t, b_inverse)
-    tl.store(delta + head * padded + t, b_delta)
+    o_row = head * padded + t
+    a_hi, a_lo = load_pair(a, a_low, o_row, PAIRS)
+    g_hi, g_lo = load_pair(gamma, gamma_low, head * tl.cdiv(T, L) + start // L, PAIRS)
+    b_beta = exp2_difference(g_hi, g_lo, a_hi, a_lo, PAIRS) * SCALE
+    tl.store(d_inverse + o_row, b_inverse)
+    tl.store(delta + o_row, b_delta)
+    tl.store(state_inverse + o_row, b_beta * b_inverse)
+    tl.store(state_delta + o_row, b_beta * b_delta)

@@ -19,8 +19,8 @@ from .common import (
 
 @triton.jit
 def queries_backward(
-    q, k, v, dh, p_c, p_c_low, p_a, p_a_low, p_beta, p_inverse, p_delta, state, p_norm, p_dq, dq_row, p_sums,
-    length, key_tile, padded,
+    q, k, v, dh, p_c, p_c_low, p_a, p_a_low, p_inverse, p_delta, p_state_inverse, p_state_delta, state, p_norm,
+    p_dq, dq_row, p_sums, length, key_tile, padded,
     K: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
@@ -62,11 +62,10 @@ def queries_backward(
         keys = keys + (load_tokens(k, y * BS, k_first, BS, K, BK, SOURCE),)
     b_inverse = tl.load(p_inverse + t_q)
     b_delta = tl.load(p_delta + t_q)
-    b_beta = tl.load(p_beta + t_q) * SCALE
     a_hi, a_lo = load_pair(p_a, p_a_low, t_q, PAIRS)
-    b_dq *= (b_beta * b_inverse)[:, None]
+    b_dq *= tl.load(p_state_inverse + t_q)[:, None]
     if HAS_NORMS:
-        b_dq += (b_beta * b_delta)[:, None] * load_vector(p_norm, o_k, K, BK)[None, :]
+        b_dq += tl.load(p_state_delta + t_q)[:, None] * load_vector(p_norm, o_k, K, BK)[None, :]
     b_rows = rows_times_accumulator(b_q, b_dq, PRECISION, SOURCE)
 
     b_diagonal = tl.zeros([BT], tl.float32)

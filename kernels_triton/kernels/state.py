@@ -6,7 +6,9 @@ import triton.language as tl
 from .common import (
     POINTERS,
     dot,
+    exp2_difference,
     inner_product,
+    load_pair,
     load_state,
     load_tokens,
     load_vector,
@@ -35,10 +37,10 @@ def norm_product(b_norm, p_n, o_k, vt, K: tl.constexpr, BK: tl.constexpr):
 def state_scan(
     x, x_sb, x_sh, x_st,  # (B, H, T, K) in units of UNIT elements: k; backward: q
     y, y_sb, y_sh, y_st,  # (B, H, T, V) likewise: v; backward: dh
-    w,  # (B, H, NT * L) weight of a token in S and n: alpha; backward in S, 1 / d, to be multiplied by scale beta
-    u,  # (B, H, NT * L) backward: its weight in n, delta, likewise
-    beta,  # (B, H, NT * L) backward
-    gamma,  # (B, H, NT)
+    w,  # (B, H, NT * L) log2 of a token's weight in S and n, c; backward: its weight in S, scale beta / d
+    w_low,  # (B, H, NT * L) forward, if PAIRS: c_low
+    u,  # (B, H, NT * L) backward: its weight in n, scale beta delta
+    gamma,  # (B, H, NT) log2
     state_in,  # (B, H, K, V) if HAS_STATE_IN: c_initial; backward: the cotangent of c_last
     norm_in,  # (B, H, K) likewise for n, if HAS_NORM_IN
     fw_last,  # (B, H, K, V) backward, if HAS_STATE_IN: c_last
@@ -63,8 +65,8 @@ def state_scan(
     BK: tl.constexpr,
     BV: tl.constexpr,
     UNIT: tl.constexpr,
-    SCALE: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    PAIRS: tl.constexpr,
     BACKWARD: tl.constexpr,
     HAS_STATE_IN: tl.constexpr,
     HAS_NORM_IN: tl.constexpr,
@@ -135,7 +137,7 @@ def state_scan(
         n = step // PER
         if BACKWARD:
             n = n_chunks - 1 - n
-        decay = tl.load(gamma + head * n_chunks + n)
+        decay = tl.exp2(tl.load(gamma + head * n_chunks + n))
         if PER > 1:
             decay = tl.where(step % PER == 0, decay, 1.0)
         if PER == 1 or step % PER == 0:
@@ -149,12 +151,14 @@ def state_scan(
         left *= decay
 
         t = n * L + step % PER * BT
-        b_w = tl.load(w + head * padded + t + o_t)
-        b_u = b_w
+        o_w = head * padded + t + o_t
         if BACKWARD:
-            b_beta = tl.load(beta + head * padded + t + o_t) * SCALE
-            b_w *= b_beta
-            b_u = tl.load(u + head * padded + t + o_t) * b_beta
+            b_w = tl.load(w + o_w)
+            b_u = tl.load(u + o_w)
+        else:
+            hi, lo = load_pair(w, w_low, o_w, PAIRS)
+            b_w = exp2_difference(hi, lo, 0.0, 0.0, PAIRS)
+            b_u = b_w
         t = tl.minimum(t, T - 1)
         x_view = token_view(x, x_sb, x_sh, x_st, head, t, T, H, UNIT, SOURCE)
         y_view = token_view(y, y_sb, y_sh, y_st, head, t, T, H, UNIT, SOURCE)
