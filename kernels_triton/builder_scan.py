@@ -22,8 +22,13 @@ class ScanBuilder(LaunchBuilder):
         return cdiv(self.p.K, tile.BK) * cdiv(self.p.V, tile.BV)
 
     def segments(self, backward: bool) -> int:
-        """Into how many segments the scan is cut: as many as make PROGRAMS programs, of four chunks or more."""
+        """Into how many segments the scan is cut: as many as make PROGRAMS programs, of four chunks or more.
+
+        As the gates' kernel, only from so many chunks on: of other lengths there are two plans then, not three.
+        """
         most = min(MAX_SEGMENTS, self.NT // 4, PROGRAMS // (self.heads * self._tiles(backward)))
+        if self.NT <= self.G:
+            return 1
         return cdiv(self.NT, cdiv(self.NT, most)) if most > 1 else 1
 
     def _scan(
@@ -50,7 +55,7 @@ class ScanBuilder(LaunchBuilder):
                 "gamma": "gamma",
                 **operands,
                 **{name: name if segments.value == FOLLOW.value else None for name in SUMS},
-                "segment": cdiv(self.NT, count),
+                "segment": cdiv(self.NT, count) if count > 1 else 0,
                 "T": p.T,
             },
             outputs,

@@ -22,7 +22,7 @@ MIN_BLOCK = {"float32": 16, "bfloat16": 64, "float16": 64}
 # As many programs as occupy a large GPU: from here on one program per head is enough.
 MANY_HEADS = 128
 # And as many as keep its memory busy: a scan of few heads is cut into segments until there are so many.
-PROGRAMS = 512
+PROGRAMS = 256
 MAX_SEGMENTS = 8
 
 

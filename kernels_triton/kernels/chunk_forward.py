@@ -20,6 +20,29 @@ from .common import (
 
 
 @triton.jit
+def _add_scores(
+    scores, b_r, q, k, norm, k0,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    COUNT: tl.constexpr,
+    SOURCE: tl.constexpr,
+    STATES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BK keys' part of q.k against each tile, and of n.q; q's block too."""
+    b_q = load_tokens(q, (COUNT - 1) * BT, k0, BT, K, BK, SOURCE)
+    keys = ()  # all loads before the first use: their latencies overlap
+    for y in tl.static_range(COUNT):
+        keys = keys + (load_tokens(k, y * BT, k0, BT, K, BK, SOURCE),)
+    b_norm = load_norm(norm, k0 + tl.arange(0, BK), K, BK, STATES)
+    updated = ()
+    for y in tl.static_range(COUNT):
+        updated = updated + (dot(b_q, tl.trans(keys[y]), scores[y], PRECISION),)
+    return updated, b_r + tl.sum(b_q.to(tl.float32) * b_norm[None, :], 1), b_q
+
+
+@triton.jit
 def rows_forward(
     q, k, v, p_c, p_c_low, p_a, p_a_low, p_gamma, p_gamma_low, p_floor, state, norm, p_h, h_row, p_r, p_d,
     length,
@@ -40,47 +63,47 @@ def rows_forward(
     """The rows of the chunk's tile COUNT - 1 against the tiles up to there. Scores once, then blocks of values."""
     t_q = (COUNT - 1) * BT + tl.arange(0, BT)
 
-    scores = zeros_tuple(COUNT, BT, BT)
-    b_r = tl.zeros([BT], tl.float32)
-    for k0 in tl.static_range(0, K, BK):
-        b_q = load_tokens(q, (COUNT - 1) * BT, k0, BT, K, BK, SOURCE)
-        keys = ()  # all loads before the first use: their latencies overlap
-        for y in tl.static_range(COUNT):
-            keys = keys + (load_tokens(k, y * BT, k0, BT, K, BK, SOURCE),)
-        b_norm = load_norm(norm, k0 + tl.arange(0, BK), K, BK, STATES)
-        updated = ()
-        for y in tl.static_range(COUNT):
-            updated = updated + (dot(b_q, tl.trans(keys[y]), scores[y], PRECISION),)
-        scores = updated
-        b_r += tl.sum(b_q.to(tl.float32) * b_norm[None, :], 1)
-
+    # All loads before the first product: their latencies overlap.
     a_hi, a_lo = load_pair(p_a, p_a_low, t_q, True)
     g_hi, g_lo = load_pair(p_gamma, p_gamma_low, 0, True)
-    b_beta = exp2_difference(g_hi, g_lo, a_hi, a_lo, True) * SCALE
+    b_floor = tl.load(p_floor + t_q)
+    scores = zeros_tuple(COUNT, BT, BT)
+    b_r = tl.zeros([BT], tl.float32)
+    if BK >= K:
+        scores, b_r, b_q = _add_scores(scores, b_r, q, k, norm, 0, K, BT, BK, COUNT, SOURCE, STATES, PRECISION)
+    else:  # not pipelined: Triton 3.6 races where a sum stands beside a product in a pipelined loop
+        for k0 in tl.range(0, K, BK, num_stages=1):
+            scores, b_r, _ = _add_scores(scores, b_r, q, k, norm, k0, K, BT, BK, COUNT, SOURCE, STATES, PRECISION)
+
+    b_beta = exp2_difference(g_hi, g_lo, a_hi, a_lo, True)
     b_r = b_r * b_beta
     weighted = ()
     for y in tl.static_range(COUNT):
         t_k = y * BT + tl.arange(0, BT)
         c_hi, c_lo = load_pair(p_c, p_c_low, t_k, True)
         # Of pairs: where r nearly cancels it shows any error of its terms, and the gradients show it twice.
-        b_s = exp2_difference(c_hi[None, :], c_lo[None, :], a_hi[:, None], a_lo[:, None], True) * SCALE * scores[y]
+        b_s = exp2_difference(c_hi[None, :], c_lo[None, :], a_hi[:, None], a_lo[:, None], True) * scores[y]
         if y == COUNT - 1:
             b_s = tl.where(t_k[None, :] <= t_q[:, None], b_s, 0.0)
         b_r += tl.sum(b_s, 1)
         weighted = weighted + (operand(b_s, BF16, PRECISION),)
-    b_normaliser = tl.maximum(tl.abs(b_r), tl.load(p_floor + t_q)) + EPS
+    b_r *= SCALE
+    b_normaliser = tl.maximum(tl.abs(b_r), b_floor) + EPS
     tl.store(p_r + t_q, b_r)
     if STORE_D:
         tl.store(p_d + t_q, b_normaliser, mask=t_q < length)
-    b_inverse = 1.0 / b_normaliser
+    b_inverse = SCALE / b_normaliser
 
     for v0 in range(0, V, BV):
         b_h = tl.zeros([BT, BV], tl.float32)
-        for k0 in tl.static_range(0, K, BK):
-            if BK < K:
-                b_q = load_tokens(q, (COUNT - 1) * BT, k0, BT, K, BK, SOURCE)
-            b_state = load_state(state, k0, v0, K, V, BK, BV, STATES)
+        if BK >= K:
+            b_state = load_state(state, 0, v0, K, V, BK, BV, STATES)
             b_h = dot(operand(b_q, BF16, PRECISION), operand(b_state, BF16, PRECISION), b_h, PRECISION)
+        else:
+            for k0 in range(0, K, BK):
+                b_qk = load_tokens(q, (COUNT - 1) * BT, k0, BT, K, BK, SOURCE)
+                b_state = load_state(state, k0, v0, K, V, BK, BV, STATES)
+                b_h = dot(operand(b_qk, BF16, PRECISION), operand(b_state, BF16, PRECISION), b_h, PRECISION)
         b_h *= b_beta[:, None]
         for y in tl.static_range(COUNT):
             b_v = load_tokens(v, y * BT, v0, BT, V, BV, SOURCE)

@@ -126,7 +126,7 @@ def fused_backward(
     c_low,  # (B, H, NT * L) if PAIRS
     a,  # (B, H, NT * L)
     a_low,  # (B, H, NT * L) if PAIRS
-    gamma,  # (B, H, NT)
+    gamma,  # (B, H, NT) log2
     d_inverse,  # (B, H, NT * L)
     delta,  # (B, H, NT * L)
     state_inverse,  # (B, H, NT * L)
@@ -191,6 +191,9 @@ def fused_backward(
         b_q = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
         b_k = load_tokens(token_view(k, k_sb, k_sh, k_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
         b_v = load_tokens(token_view(v, v_sb, v_sh, v_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, V, BV, SOURCE)
+        decay = tl.exp2(tl.load(gamma + o_chunk))
+        b_u = tl.load(state_delta + o_row + tl.arange(0, L))
+        b_n = load_vector(norms + o_chunk * K, o_k, K, BK)
         b_dh = load_tokens(token_view(dh, dh_sb, dh_sh, dh_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, V, BV, SOURCE)
         b_c = load_state(state_view(states, o_chunk, K, V, SOURCE), 0, 0, K, V, BK, BV, SOURCE)
         o_dk, dk_row = contiguous_rows(head, t, T, H, K, BTHD)
@@ -202,7 +205,7 @@ def fused_backward(
             K, V, L, BK, BV, L, L, 0, SCALE, True, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         product = inner_product(b_state, b_c.to(tl.float32), BK * BV)
-        product += tl.sum(b_norm * load_vector(norms + o_chunk * K, o_k, K, BK), 0)
+        product += tl.sum(b_norm * b_n, 0)
         tl.store(inner + o_chunk, product)
         keys_values_backward(
             (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row,
@@ -210,9 +213,9 @@ def fused_backward(
             T - t, 0, padded,
             K, V, L, BK, BV, L, L, 0, SCALE, True, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
-        decay = tl.exp2(tl.load(gamma + o_chunk))
-        o_t = o_row + tl.arange(0, L)
-        b_w, b_u = tl.load(state_inverse + o_t), tl.load(state_delta + o_t)
+        b_w = tl.load(state_inverse + o_row + tl.arange(0, L))
+        # q again: a tile that is used from registers too would not be fetched ahead for the products above.
+        b_q = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
         b_state, b_norm = advance(b_state, b_norm, b_q, b_dh, b_w, b_u, decay, BF16, PRECISION)
 
     store_state(dc_initial + o_state, b_state, 0, 0, K, V, BK, BV)

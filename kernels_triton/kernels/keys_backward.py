@@ -18,6 +18,30 @@ from .common import (
 
 
 @triton.jit
+def _add_scores(
+    scores, q, k, k0,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BS: tl.constexpr,
+    ROW: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    SOURCE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BK keys' part of k.q, keys on the rows, against each tile; k's block too."""
+    b_k = load_tokens(k, ROW, k0, BT, K, BK, SOURCE)
+    queries = ()
+    for y in tl.static_range(COUNT):
+        queries = queries + (load_tokens(q, (FIRST + y) * BS, k0, BS, K, BK, SOURCE),)
+    updated = ()
+    for y in tl.static_range(COUNT):
+        updated = updated + (dot(b_k, tl.trans(queries[y]), scores[y], PRECISION),)
+    return updated, b_k
+
+
+@triton.jit
 def keys_values_backward(
     q, k, v, dh, p_c, p_c_low, p_a, p_a_low, p_inverse, p_delta, dstate, dnorm,
     p_dk, dk_row, p_dv, dv_row, p_sums, length, key_tile, padded,
@@ -52,21 +76,17 @@ def keys_values_backward(
     b_alpha = exp2_difference(c_hi, c_lo, 0.0, 0.0, PAIRS)
 
     scores = zeros_tuple(COUNT, BT, BS)
-    for k0 in tl.static_range(0, K, BK):
-        b_k = load_tokens(k, ROW, k0, BT, K, BK, SOURCE)
-        queries = ()
-        for y in tl.static_range(COUNT):
-            queries = queries + (load_tokens(q, (FIRST + y) * BS, k0, BS, K, BK, SOURCE),)
-        updated = ()
-        for y in tl.static_range(COUNT):
-            updated = updated + (dot(b_k, tl.trans(queries[y]), scores[y], PRECISION),)
-        scores = updated
+    if NKT == 1:
+        scores, b_k = _add_scores(scores, q, k, 0, K, BT, BK, BS, ROW, FIRST, COUNT, SOURCE, PRECISION)
+    else:
+        for k0 in range(0, K, BK):
+            scores, _ = _add_scores(scores, q, k, k0, K, BT, BK, BS, ROW, FIRST, COUNT, SOURCE, PRECISION)
     weighted = ()
     for y in tl.static_range(COUNT):
         t_q = (FIRST + y) * BS + tl.arange(0, BS)
         a_hi, a_lo = load_pair(p_a, p_a_low, t_q, PAIRS)
-        b_d = exp2_difference(c_hi[:, None], c_lo[:, None], a_hi[None, :], a_lo[None, :], PAIRS) * SCALE
-        b_s = scores[y] * b_d * tl.load(p_inverse + t_q)[None, :]
+        b_d = exp2_difference(c_hi[:, None], c_lo[:, None], a_hi[None, :], a_lo[None, :], PAIRS)
+        b_s = scores[y] * b_d * (tl.load(p_inverse + t_q) * SCALE)[None, :]
         if (FIRST + y) * BS < ROW + BT:
             b_s = tl.where(t_q[None, :] >= t_k[:, None], b_s, 0.0)
         weighted = weighted + (operand(b_s, BF16, PRECISION),)
@@ -107,8 +127,9 @@ def keys_values_backward(
         b_q = queries[y]
         b_s = dot(b_k, tl.trans(b_q), tl.zeros([BT, BS], tl.float32), PRECISION)
         a_hi, a_lo = load_pair(p_a, p_a_low, t_q, PAIRS)
-        b_d = exp2_difference(c_hi[:, None], c_lo[:, None], a_hi[None, :], a_lo[None, :], PAIRS) * SCALE
-        b_ds = (products[y] * tl.load(p_inverse + t_q)[None, :] + tl.load(p_delta + t_q)[None, :]) * b_d
+        b_d = exp2_difference(c_hi[:, None], c_lo[:, None], a_hi[None, :], a_lo[None, :], PAIRS)
+        b_inverse = tl.load(p_inverse + t_q) * SCALE
+        b_ds = (products[y] * b_inverse[None, :] + (tl.load(p_delta + t_q) * SCALE)[None, :]) * b_d
         if (FIRST + y) * BS < ROW + BT:
             b_ds = tl.where(t_q[None, :] >= t_k[:, None], b_ds, 0.0)
             b_cols += tl.sum(tl.where(t_q[None, :] == t_k[:, None], 0.0, b_s * b_ds), 1)
@@ -122,7 +143,7 @@ def keys_values_backward(
         SHARE: tl.constexpr = (V + BV * NKT - 1) // (BV * NKT) * BV
         for v0 in range(key_tile * SHARE, tl.minimum(key_tile * SHARE + SHARE, V), BV):
             b_dv = tl.zeros([BT, BV], tl.float32)
-            for k0 in tl.static_range(0, K, BK):
+            for k0 in range(0, K, BK):
                 b_kk = load_tokens(k, ROW, k0, BT, K, BK, SOURCE)
                 b_dc = load_state(dstate, k0, v0, K, V, BK, BV, STATES)
                 b_dv = dot(operand(b_kk, BF16, PRECISION), operand(b_dc, BF16, PRECISION), b_dv, PRECISION)

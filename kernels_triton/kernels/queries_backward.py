@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .common import (
+    GIVEN,
     dot,
     exp2_difference,
     load_pair,
@@ -44,6 +45,9 @@ def queries_backward(
     k_first = key_tile * BK
     o_k = k_first + tl.arange(0, BK)
 
+    if SOURCE == GIVEN:  # early: with their tiles there, these loads are all that the products would wait for
+        b_state_inverse = tl.load(p_state_inverse + t_q)
+        b_state_delta = tl.load(p_state_delta + t_q)
     products = zeros_tuple(COUNT, BT, BS)
     b_dq = tl.zeros([BT, BK], tl.float32)
     for v0 in range(0, V, BV):
@@ -60,19 +64,22 @@ def queries_backward(
     keys = ()  # all loads before the first use: their latencies overlap
     for y in tl.static_range(COUNT):
         keys = keys + (load_tokens(k, y * BS, k_first, BS, K, BK, SOURCE),)
-    b_inverse = tl.load(p_inverse + t_q)
-    b_delta = tl.load(p_delta + t_q)
+    b_inverse = tl.load(p_inverse + t_q) * SCALE
+    b_delta = tl.load(p_delta + t_q) * SCALE
+    if SOURCE != GIVEN:
+        b_state_inverse = tl.load(p_state_inverse + t_q)
+        b_state_delta = tl.load(p_state_delta + t_q)
     a_hi, a_lo = load_pair(p_a, p_a_low, t_q, PAIRS)
-    b_dq *= tl.load(p_state_inverse + t_q)[:, None]
+    b_dq *= b_state_inverse[:, None]
     if HAS_NORMS:
-        b_dq += tl.load(p_state_delta + t_q)[:, None] * load_vector(p_norm, o_k, K, BK)[None, :]
+        b_dq += b_state_delta[:, None] * load_vector(p_norm, o_k, K, BK)[None, :]
     b_rows = rows_times_accumulator(b_q, b_dq, PRECISION, SOURCE)
 
     b_diagonal = tl.zeros([BT], tl.float32)
     for y in tl.static_range(COUNT):
         t_k = y * BS + tl.arange(0, BS)
         c_hi, c_lo = load_pair(p_c, p_c_low, t_k, PAIRS)
-        b_d = exp2_difference(c_hi[None, :], c_lo[None, :], a_hi[:, None], a_lo[:, None], PAIRS) * SCALE
+        b_d = exp2_difference(c_hi[None, :], c_lo[None, :], a_hi[:, None], a_lo[:, None], PAIRS)
         b_ds = (products[y] * b_inverse[:, None] + b_delta[:, None]) * b_d
         b_k = keys[y]
         b_s = dot(b_q, tl.trans(b_k), tl.zeros([BT, BS], tl.float32), PRECISION)

@@ -32,7 +32,7 @@ def norm_product(b_norm, p_n, o_k, vt, K: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=["x_sb", "x_sh", "x_st", "y_sb", "y_sh", "y_st", "T"],
+    do_not_specialize_on_alignment=["x_sb", "x_sh", "x_st", "y_sb", "y_sh", "y_st", "segment", "T"],
 )
 def state_scan(
     x, x_sb, x_sh, x_st,  # (B, H, T, K) in units of UNIT elements: k; backward: q
