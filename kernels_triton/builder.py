@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from .builder_fused import FusedBuilder
 from .builder_scan import ScanBuilder

@@ -18,7 +18,6 @@ from .common import (
     token_view,
 )
 
-
 # How a scan is cut: not at all; or into segments, what each adds, and the segments from where those before them end.
 ONE = tl.constexpr(0)
 SUM = tl.constexpr(1)
