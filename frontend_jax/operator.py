@@ -82,8 +82,9 @@ def _forward(static: _Static, arrays: Arrays) -> tuple[Any, Arrays]:
     from kernels_triton import plan
 
     results = run(plan.forward_pass(static.problem), arrays, static.backend)
-    saved = {name: x for name, x in arrays.items() if name not in ("i", "m_initial")}
-    dropped = plan.LAST[2:] if static.return_last_states else plan.LAST
+    problem = static.problem
+    saved = {name: x for name, x in arrays.items() if name in plan.read_again(problem)}
+    dropped = (*(plan.LAST[2:] if static.return_last_states else plan.LAST), *(() if problem.exact else ("h",)))
     saved.update((name, x) for name, x in results.items() if name not in dropped)
     return _outputs(static, results), saved
 
@@ -122,6 +123,8 @@ def _reference(static: _Static, arrays: Arrays) -> Any:
             scale=problem.scale,
             eps=problem.eps,
             normalizer_grad=problem.normalizer_grad,
+            input_gate=problem.input_gate,
+            normalize=problem.normalize,
             stop_gradient=jax.lax.stop_gradient,
             scan=jax.lax.scan,
         )
@@ -148,6 +151,8 @@ def mlstm_chunkwise(
     layout: Literal["bhtd", "bthd"] = "bhtd",
     precision: Literal["ieee", "tf32x3", "tf32"] = "ieee",
     save_states: bool = True,
+    input_gate: Literal["exponential", "sigmoid"] = "exponential",
+    normalize: bool = True,
     backend: Literal["triton", "interpret", "reference", "auto"] = "auto",
 ) -> Float[Array, "B _ _ V"] | tuple[Float[Array, "B _ _ V"], States]:
     """The mLSTM over a whole sequence, chunk by chunk, differentiable in all eight arrays.
@@ -174,6 +179,10 @@ def mlstm_chunkwise(
         precision: of products of float32 inputs: "ieee", "tf32x3" or "tf32".
         save_states: keep the chunks' states for the backward pass; False: compute them again there, which takes less
             memory and more time. Same gradients.
+        input_gate: "exponential", or "sigmoid": i' = sigmoid(i), and m is 0 throughout (but for m_initial, which scales
+            the initial state as ever).
+        normalize: False, with the sigmoid gate only: h_t = C_t^T (s q_t). Then n is neither read nor computed: n_last
+            is 0.
         backend: "triton" (CUDA or ROCm device), "interpret" (the same kernels on a CPU under TRITON_INTERPRET=1, slow),
             "reference" (native operations, any device), "auto" (triton on a GPU, else reference).
 
@@ -196,6 +205,8 @@ def mlstm_chunkwise(
         precision=precision,
         backend=backend,
         save_states=save_states,
+        input_gate=input_gate,
+        normalize=normalize,
     )
     problem = dataclasses.replace(problem, arch=architecture_of(q))
     static = _Static(problem, choose_backend(backend, platform_of(q)), return_last_states)

@@ -74,7 +74,7 @@ def head_strides(x: Tensor, layout: str) -> Strides:
 
 def _places(env: Mapping[str, Tensor]) -> tuple[Any, ...]:
     """Where the strided inputs of the backward pass are."""
-    return tuple((env[name].data_ptr(), env[name].stride()) for name in ("q", "k", "v", "f"))
+    return tuple((env[name].data_ptr(), env[name].stride()) for name in ("q", "k", "v", "i", "f") if name in env)
 
 
 class _FirstOnly(torch.autograd.Function):
@@ -104,10 +104,10 @@ class _Chunkwise(torch.autograd.Function):
         results = run(plan.forward_pass(problem, save), env, backend)
         if not save:
             return tuple(results[name] for name in ("h", *plan.LAST))
-        saved = {**{name: x for name, x in env.items() if name not in ("i", "m_initial")}, **results}
-        for name in plan.LAST if not last else plan.LAST[2:]:
-            del saved[name]
-        ctx.problem, ctx.backend, ctx.names, ctx.places = problem, backend, tuple(saved), _places(env)
+        saved = {name: x for name, x in env.items() if name in plan.read_again(problem)}
+        dropped = plan.LAST[2:] if last else plan.LAST
+        saved |= {name: x for name, x in results.items() if name not in dropped and (name != "h" or problem.exact)}
+        ctx.problem, ctx.backend, ctx.names, ctx.places = problem, backend, tuple(saved), _places(saved)
         ctx.save_for_backward(*saved.values())
         ctx.set_materialize_grads(False)
         return tuple(results[name] for name in ("h", *plan.LAST))
@@ -123,7 +123,7 @@ class _Chunkwise(torch.autograd.Function):
             suit = problem.descriptors and all(_suits(env[name]) for name in ("q", "k", "v"))
             problem = dataclasses.replace(problem, strides=tuple(strides.items()), descriptors=suit)
         dh, *dlast = cotangents
-        env["dh"] = torch.zeros_like(env["h"]) if dh is None else readable(dh, problem.layout)
+        env["dh"] = torch.zeros_like(env["v"]) if dh is None else readable(dh, problem.layout)
         if problem.descriptors and not _suits(env["dh"]):
             env["dh"] = env["dh"].clone(memory_format=torch.contiguous_format)
         has_dlast = any(x is not None for x in dlast)
@@ -171,6 +171,8 @@ def _reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple[Te
         eps=problem.eps,
         normalizer_grad=problem.normalizer_grad,
         stop_gradient=Tensor.detach,
+        input_gate=problem.input_gate,
+        normalize=problem.normalize,
     )
     h = h.to(v.dtype)
     return (h.transpose(1, 2) if problem.layout == "bthd" else h), last
@@ -265,6 +267,8 @@ def mlstm_chunkwise(
     layout: Literal["bhtd", "bthd"] = "bhtd",
     precision: Literal["ieee", "tf32x3", "tf32"] = "ieee",
     save_states: bool = True,
+    input_gate: Literal["exponential", "sigmoid"] = "exponential",
+    normalize: bool = True,
     backend: Literal["triton", "interpret", "reference", "auto"] = "auto",
 ) -> Float[Tensor, "B _ _ V"] | tuple[Float[Tensor, "B _ _ V"], States]:
     """The mLSTM over a whole sequence, chunk by chunk, differentiable in all eight arrays.
@@ -291,6 +295,10 @@ def mlstm_chunkwise(
         precision: of products of float32 inputs: "ieee", "tf32x3" or "tf32".
         save_states: keep the chunks' states for the backward pass; False: compute them again there, which takes less
             memory and more time. Same gradients.
+        input_gate: "exponential", or "sigmoid": i' = sigmoid(i), and m is 0 throughout (but for m_initial, which scales
+            the initial state as ever).
+        normalize: False, with the sigmoid gate only: h_t = C_t^T (s q_t). Then n is neither read nor computed: n_last
+            is 0.
         backend: "triton" (CUDA or ROCm device), "interpret" (the same kernels on a CPU under TRITON_INTERPRET=1, slow),
             "reference" (native operations, any device), "auto" (triton on a GPU, else reference).
 
@@ -301,7 +309,10 @@ def mlstm_chunkwise(
         TypeError, ValueError: the argument, what was expected and what came; before anything is launched.
     """
     tensors: tuple[Tensor | None, ...] = (q, k, v, i, f, c_initial, n_initial, m_initial)
-    key = _key(tensors, eps, chunk_size, qk_scale, normalizer_grad, layout, precision, save_states, backend)
+    key = _key(
+        tensors,
+        *(eps, chunk_size, qk_scale, normalizer_grad, layout, precision, save_states, input_gate, normalize, backend),
+    )
     call = _settled(key, tensors)
     if call is None:
         problem = check_call(
@@ -314,6 +325,8 @@ def mlstm_chunkwise(
             precision=precision,
             backend=backend,
             save_states=save_states,
+            input_gate=input_gate,
+            normalize=normalize,
         )
         backend_used = choose_backend(backend, platform_of(q))
         given = tensors

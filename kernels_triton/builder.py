@@ -45,6 +45,7 @@ class Builder(FusedBuilder, ScanBuilder):
             self.heads * cdiv(self.NT, self.G),
             Tile(0, 0, 0, 0, num_warps=4, num_stages=1),
             G=self.G,
+            SIGMOID=self.sigmoid,
         )
 
     def gates(
@@ -90,6 +91,7 @@ class Builder(FusedBuilder, ScanBuilder):
             F_IS_LOG=f_is_log,
             M_GIVEN=m_token is not None,
             SPLIT=split,
+            SIGMOID=self.sigmoid,
         )
 
     def outputs(self, store_d: bool = False) -> Launch:
@@ -102,12 +104,12 @@ class Builder(FusedBuilder, ScanBuilder):
                 **tokens,
                 **{name: name for name in (*GATES, "floor")},
                 "states": self._states(tile, "states"),
-                "norms": "norms",
+                "norms": "norms" if p.normalize else None,
                 "T": p.T,
             },
             {
                 "h": ("h", self._token_spec(p.V, p.dtype)),
-                "r": ("r", Spec(self.rows, "float32")),
+                "r": self._r(),
                 "d": ("d", Spec((p.B, p.H, p.T), "float32")) if store_d else ("unused_d", Spec((1,), "float32")),
             },
             self.heads * self.NT * (self.L // tile.BT),
@@ -119,6 +121,7 @@ class Builder(FusedBuilder, ScanBuilder):
             SCALE=p.scale,
             EPS=p.eps,
             STORE_D=store_d,
+            NORMALIZE=p.normalize,
             BTHD=p.layout == "bthd",
             SOURCE=self.source(tile),
             **self.arithmetic,
@@ -132,13 +135,13 @@ class Builder(FusedBuilder, ScanBuilder):
         return self._launch(
             normaliser_backward,
             {
-                "h": None if given else "h",
+                "h": "h" if p.exact and not given else None,
                 "dh": "dh",
                 "dh_sb": sb // unit,
                 "dh_sh": sh // unit,
                 "dh_st": st // unit,
-                "r": given or "r",
-                "floor": None if given else "floor",
+                "r": given or ("r" if p.normalize else None),
+                "floor": "floor" if p.normalize and not given else None,
                 **self._gates_backward(*GATES[2:]),
                 "T": p.T,
             },
@@ -150,7 +153,8 @@ class Builder(FusedBuilder, ScanBuilder):
             UNIT=unit,
             SCALE=p.scale,
             EPS=p.eps,
-            EXACT=p.normalizer_grad == "exact" and not given,
+            EXACT=p.exact and not given,
+            NORMALIZE=p.normalize,
             D_GIVEN=given is not None,
             BTHD=p.layout == "bthd",
             PAIRS=self.pairs,
@@ -200,17 +204,14 @@ class Builder(FusedBuilder, ScanBuilder):
     def gates_gradient(self, has_dlast: bool, has_dm_last: bool) -> Launch:
         """di, df and the initial stabiliser's gradient. has_dlast: the last state has a cotangent."""
         p = self.p
-        sb, sh, st = self.strides["f"]
         fused = self.config.fused is not None
         key_tiles = 1 if fused else cdiv(p.K, self.config.backward.BK)
         scan_tiles = 1 if fused else self._tiles(backward=True)
         return self._launch(
             gates_backward,
             {
-                "f": "f",
-                "f_sb": sb,
-                "f_sh": sh,
-                "f_st": st,
+                **self._gate("f", "f"),
+                **self._gate("i", "i" if self.sigmoid else None),
                 "gamma": "gamma",
                 "rows": "row_sums",
                 "cols": "col_sums",
@@ -232,5 +233,6 @@ class Builder(FusedBuilder, ScanBuilder):
             NP=scan_tiles,
             HAS_DLAST=has_dlast,
             HAS_DM_LAST=has_dm_last,
+            SIGMOID=self.sigmoid,
             BTHD=p.layout == "bthd",
         )

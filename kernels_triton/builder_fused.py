@@ -22,14 +22,16 @@ class FusedBuilder(LaunchBuilder):
                 **tokens,
                 **{name: name for name in (*GATES, "floor")},
                 "c_initial": "c_initial" if p.has_initial else None,
-                "n_initial": "n_initial" if p.has_initial else None,
+                "n_initial": "n_initial" if p.has_initial and p.normalize else None,
                 "T": p.T,
             },
             {
                 "h": ("h", self._token_spec(p.V, p.dtype)),
-                "r": ("r", Spec(self.rows, "float32")),
+                "r": self._r(),
                 "states": ("states", self.states_spec) if save else ("unused_states", Spec((1,), self.state_dtype)),
-                "norms": ("norms", self.norms_spec) if save else ("unused_norms", Spec((1,), "float32")),
+                "norms": ("norms", self.norms_spec)
+                if save and p.normalize
+                else ("unused_norms", Spec((1,), "float32")),
                 "c_last": ("c_last", Spec((*head, p.K, p.V), "float32")),
                 "n_last": ("n_last", Spec((*head, p.K), "float32")),
             },
@@ -43,18 +45,26 @@ class FusedBuilder(LaunchBuilder):
             EPS=p.eps,
             HAS_INITIAL=p.has_initial,
             SAVE=save,
+            NORMALIZE=p.normalize,
             BTHD=p.layout == "bthd",
             SOURCE=self.source(tile),
             **self.arithmetic,
         )
 
-    def fused_backward(self, has_dlast: bool) -> Launch:
-        """dq, dk, dv, the initial state's gradient, and what the gates' gradients need, for small heads."""
+    def fused_backward(self, has_dlast: bool, norms: bool = True) -> Launch:
+        """dq, dk, dv, the initial state's gradient, and what the gates' gradients need, for small heads.
+
+        norms: n has a cotangent.
+        """
         p, tile = self.p, self.config.dfused
         assert tile is not None
         head = (p.B, p.H)
         tokens, unit = self._tokens(tile, ("q", "q"), ("k", "k"), ("v", "v"), ("dh", "dh"))
         last = ("dc_last", "dn_last", "c_last", "n_last")
+
+        def given(name: str, there: bool) -> str | None:
+            return name if there and (norms or name not in ("dn_last", "n_last", "n_initial")) else None
+
         return self._launch(
             fused_backward,
             {
@@ -62,9 +72,9 @@ class FusedBuilder(LaunchBuilder):
                 **self._gates_backward(*GATES[:-1]),
                 **{name: name for name in NORMALISER},
                 "states": self._states(tile, "states"),
-                "norms": "norms",
-                **{name: name if has_dlast else None for name in last},
-                **{name: name if p.has_initial else None for name in ("c_initial", "n_initial")},
+                "norms": "norms" if norms else None,
+                **{name: given(name, has_dlast) for name in last},
+                **{name: given(name, p.has_initial) for name in ("c_initial", "n_initial")},
                 "T": p.T,
             },
             {
@@ -87,6 +97,7 @@ class FusedBuilder(LaunchBuilder):
             SCALE=p.scale,
             HAS_LAST=has_dlast,
             HAS_INITIAL=p.has_initial,
+            HAS_NORMS=norms,
             BTHD=p.layout == "bthd",
             PAIRS=self.pairs,
             SOURCE=self.source(tile),

@@ -86,7 +86,7 @@ class ScanBuilder(LaunchBuilder):
         count = self.segments(backward)
         shapes = (
             self.states_spec,
-            self.norms_spec,
+            self.norms_spec if flags["HAS_NORMS"] else Spec((1,), "float32"),
             Spec((*head, p.K, p.V), "float32"),
             Spec((*head, p.K), "float32"),
             Spec((*head, self._tiles(backward), 2) if flags["HAS_OUTER"] else (1,), "float32"),
@@ -102,28 +102,28 @@ class ScanBuilder(LaunchBuilder):
             (SUMS[1], Spec((*head, count - 1, p.K), "float32")),
             (SUMS[2], Spec((*head, count - 1), "float32")),
         )
-        nothing = dict.fromkeys(operands)
+        nothing, no_flags = dict.fromkeys(operands), dict.fromkeys(flags, False) | {"HAS_NORMS": flags["HAS_NORMS"]}
         return (
-            self._scan(backward, SUM, nothing, dict(zip(parameters, sums, strict=True)), **dict.fromkeys(flags, False)),
+            self._scan(backward, SUM, nothing, dict(zip(parameters, sums, strict=True)), **no_flags),
             self._scan(backward, FOLLOW, operands, outputs, **flags),
         )
 
     def state_forward(self, last: tuple[str, str] = ("c_last", "n_last")) -> tuple[Launch, ...]:
         """Chunk-start states and the last state, under the names `last`."""
-        initial = self.p.has_initial
+        p, initial = self.p, self.p.has_initial
         return self._scans(
             False,
             {
                 "state_in": "c_initial" if initial else None,
-                "norm_in": "n_initial" if initial else None,
+                "norm_in": "n_initial" if initial and p.normalize else None,
                 **dict.fromkeys(("fw_last", "fw_norm_last", "fw_initial", "fw_norm_initial")),
             },
-            ("states", "norms", *last, "unused_scan"),
+            ("states", "norms" if p.normalize else "unused_norms", *last, "unused_scan"),
             HAS_STATE_IN=initial,
-            HAS_NORM_IN=initial,
+            HAS_NORM_IN=initial and p.normalize,
             HAS_INITIAL=initial,
             HAS_OUTER=False,
-            HAS_NORMS=True,
+            HAS_NORMS=p.normalize,
         )
 
     def state_backward(
@@ -140,11 +140,17 @@ class ScanBuilder(LaunchBuilder):
                 "state_in": "dc_last" if has_dc_last else None,
                 "norm_in": "dn_last" if has_dn_last else None,
                 "fw_last": "c_last" if outer and has_dc_last else None,
-                "fw_norm_last": "n_last" if outer and norms and has_dc_last else None,
+                "fw_norm_last": "n_last" if outer and norms and has_dn_last else None,
                 "fw_initial": "c_initial" if initial else None,
                 "fw_norm_initial": "n_initial" if initial and norms else None,
             },
-            ("dstates", "dnorms", "dc_initial", "dn_initial", "outer" if outer else "unused_scan"),
+            (
+                "dstates",
+                "dnorms" if norms else "unused_dnorms",
+                "dc_initial",
+                "dn_initial",
+                "outer" if outer else "unused_scan",
+            ),
             HAS_STATE_IN=has_dc_last,
             HAS_NORM_IN=has_dn_last,
             HAS_INITIAL=initial,

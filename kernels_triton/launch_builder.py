@@ -38,6 +38,14 @@ class LaunchBuilder:
         self.precision = "tf32" if problem.dtype == "float16" else problem.precision
 
     @property
+    def sigmoid(self) -> bool:
+        return self.p.input_gate == "sigmoid"
+
+    def _r(self) -> tuple[str, Spec]:
+        """The signed normaliser's buffer; without one a stand-in."""
+        return ("r", Spec(self.rows, "float32")) if self.p.normalize else ("unused_r", Spec((1,), "float32"))
+
+    @property
     def pairs(self) -> bool:
         """Whether the gradients need decays of twice float32's digits; the outputs always do."""
         return self.p.dtype == "float32"

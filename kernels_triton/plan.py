@@ -20,7 +20,15 @@ GRADIENTS_INITIAL = ("dc_initial", "dn_initial", "dm_initial")
 def _saved(b: Builder) -> tuple[str, ...]:
     """What the backward pass reads besides the inputs; the last states only where they have cotangents."""
     gates = tuple(x for x in GATES if b.pairs or not x.endswith("_low"))
-    return (*gates, "floor", "picked", *(STATES if b.p.save_states else ()), "c_last", "n_last", "h", "r")
+    normaliser = ("n_last", "floor", "r") if b.p.normalize else ()
+    states = STATES[: 1 + b.p.normalize] if b.p.save_states else ()
+    return (*gates, "picked", *states, "c_last", *normaliser, *(("h",) if b.p.exact else ()))
+
+
+def read_again(problem: Problem) -> tuple[str, ...]:
+    """The arguments that the backward pass reads too."""
+    initial = INITIAL[: 1 + problem.normalize] if problem.has_initial else ()
+    return ("q", "k", "v", "f", *(("i",) if problem.input_gate == "sigmoid" else ()), *initial)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -35,8 +43,8 @@ def forward_pass(problem: Problem, save: bool = True, config: Config | None = No
     launches = [b.gates_sums()] if b.split_gates else []
     launches.append(b.gates(split=b.split_gates))
     launches += [b.fused_forward(keep_states)] if b.config.fused else [*b.state_forward(), b.outputs()]
-    results = _saved(b) if save else ("h", *LAST[:2])
-    return Pass(tuple(launches), inputs, (*results, "m_last"))
+    results = dict.fromkeys(("h", *LAST, *(_saved(b) if save else ())))
+    return Pass(tuple(launches), inputs, tuple(results))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -46,19 +54,20 @@ def backward_pass(
     """All gradients. `has_dlast`: cotangents of the last states are given (all three). config: as of `forward_pass`."""
     b = Builder(problem, config)
     b.strides["dh"] = dh_strides or contiguous_strides(problem.H, problem.T, problem.V, problem.layout)
+    # n's cotangent is 0 where none is given and none flows through the normaliser.
+    norms = problem.normalize and (problem.exact or has_dlast)
     launches = [b.normaliser()]
     if not problem.save_states:
         launches += b.state_forward(("unused_c_last", "unused_n_last"))
     if b.config.fused:
-        launches.append(b.fused_backward(has_dlast))
+        launches.append(b.fused_backward(has_dlast, norms))
     else:
-        launches += [*b.state_backward(has_dlast, has_dlast), b.gradients()]
+        launches += [*b.state_backward(has_dlast, has_dlast and norms, norms=norms), b.gradients(norms)]
     launches.append(b.gates_gradient(has_dlast, has_dlast))
     initial = problem.has_initial
     inputs = (
-        *("q", "k", "v", "f", "dh"),
+        *("dh", *read_again(problem)),
         *(x for x in _saved(b) if has_dlast or x not in LAST),
-        *(INITIAL[:2] if initial else ()),
         *(("dc_last", "dn_last", "dm_last") if has_dlast else ()),
     )
     return Pass(tuple(launches), inputs, (*GRADIENTS, *(GRADIENTS_INITIAL if initial else ())))

@@ -21,6 +21,7 @@ INPUT_DTYPES = ("float32", "bfloat16", "float16")
 GATE_DTYPES = (*INPUT_DTYPES, "float64")
 LAYOUTS = ("bhtd", "bthd")
 NORMALIZER_GRADS = ("exact", "detached")
+INPUT_GATES = ("exponential", "sigmoid")
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 BACKENDS = ("triton", "interpret", "reference", "auto")
 
@@ -57,7 +58,14 @@ class Problem:
     has_initial: bool
     arch: str = DEFAULT_ARCH  # whose tile sizes to take
     save_states: bool = True  # for the backward pass; otherwise it computes them again
+    input_gate: str = "exponential"
+    normalize: bool = True
     descriptors: bool = False  # read q, k, v and states through tensor descriptors: the same bits, sooner
+
+    @property
+    def exact(self) -> bool:
+        """Whether gradients flow through a normaliser."""
+        return self.normalize and self.normalizer_grad == "exact"
 
     def stride(self, name: str) -> Strides:
         return dict(self.strides)[name]

@@ -23,9 +23,18 @@ def log_sigmoid(xp: Any, x: Array) -> Array:
     return -xp.logaddexp(xp.zeros_like(x), -x)
 
 
-def _normaliser(xp: Any, r: Array, m: Array, eps: float, normalizer_grad: str, stop_gradient: StopGradient) -> Array:
-    d = xp.maximum(xp.abs(r), xp.exp(-m)) + eps
-    return stop_gradient(d) if normalizer_grad == "detached" else d
+def _normaliser(
+    xp: Any, eps: float, normalize: bool, normalizer_grad: str, stop_gradient: StopGradient
+) -> Callable[[Array, Array, Array], Array]:
+    """The function from h's numerator, the signed normaliser r and the stabiliser to h."""
+
+    def normalised(num: Array, r: Array, m: Array) -> Array:
+        if not normalize:
+            return num
+        d = xp.maximum(xp.abs(r), xp.exp(-m)) + eps
+        return num / (stop_gradient(d) if normalizer_grad == "detached" else d)[..., None]
+
+    return normalised
 
 
 def recurrent(
@@ -42,26 +51,34 @@ def recurrent(
     eps: float,
     normalizer_grad: str,
     stop_gradient: StopGradient,
+    input_gate: str = "exponential",
+    normalize: bool = True,
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    """Token by token. Returns h (B, H, T, V) and the last (c, n, m)."""
+    """Token by token. Returns h (B, H, T, V) and the last (c, n, m).
+
+    input_gate "sigmoid": log(sigmoid(i)) for i, and no stabiliser: m is 0. normalize False: h = c^T (s q); n stays 0.
+    """
     xp = array_api_compat.array_namespace(q)
     log_f = log_sigmoid(xp, f)
+    sigmoid = input_gate == "sigmoid"
+    i = log_sigmoid(xp, i) if sigmoid else i
+    n = n if normalize else xp.zeros_like(n)
+    normalised = _normaliser(xp, eps, normalize, normalizer_grad, stop_gradient)
     hs = []
     for t in range(q.shape[2]):
-        m_new = xp.maximum(log_f[:, :, t] + m, i[:, :, t])
+        m_new = xp.zeros_like(m) if sigmoid else xp.maximum(log_f[:, :, t] + m, i[:, :, t])
         keep = xp.exp(log_f[:, :, t] + m - m_new)
         add = xp.exp(i[:, :, t] - m_new)
         k_t, v_t, q_t = k[:, :, t, :], v[:, :, t, :], q[:, :, t, :] * scale
         c = keep[:, :, None, None] * c + add[:, :, None, None] * k_t[:, :, :, None] * v_t[:, :, None, :]
-        n = keep[:, :, None] * n + add[:, :, None] * k_t
+        n = keep[:, :, None] * n + add[:, :, None] * k_t if normalize else n
         m = m_new
         # h does not depend on how (c, n, m) is scaled: m is a constant here, and `one` carries what that leaves out.
         m_const = stop_gradient(m)
         one = xp.exp(m - m_const)
         num = xp.sum(q_t[:, :, :, None] * c, axis=2) * one[:, :, None]
         r = xp.sum(q_t * n, axis=2) * one
-        d = _normaliser(xp, r, m_const, eps, normalizer_grad, stop_gradient)
-        hs.append(num / d[:, :, None])
+        hs.append(normalised(num, r, m_const))
     return xp.stack(hs, axis=2), (c, n, m)
 
 
@@ -91,6 +108,8 @@ def chunkwise(
     normalizer_grad: str,
     stop_gradient: StopGradient,
     scan: Scan = python_scan,
+    input_gate: str = "exponential",
+    normalize: bool = True,
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     """Chunk by chunk: attention inside a chunk, a state between chunks. Same result as `recurrent` to rounding."""
     xp = array_api_compat.array_namespace(q)
@@ -98,6 +117,10 @@ def chunkwise(
     L = min(chunk_size, T)
     n_chunks = -(-T // L)
     log_f = log_sigmoid(xp, f)
+    sigmoid = input_gate == "sigmoid"
+    i = log_sigmoid(xp, i) if sigmoid else i
+    n = n if normalize else xp.zeros_like(n)
+    normalised = _normaliser(xp, eps, normalize, normalizer_grad, stop_gradient)
     o = xp.arange(L, device=array_api_compat.device(q)) if array_api_compat.is_torch_array(q) else xp.arange(L)
     causal, after = o[None, :] <= o[:, None], o[None, :] < o[:, None]
 
@@ -119,19 +142,21 @@ def chunkwise(
         log_d = xp.cumulative_sum(between, axis=-2) + i_c[..., None, :]  # [B, H, L, L]
         log_a = log_d[..., -1, :]
         log_d = xp.where(causal, log_d, xp.asarray(-float("inf"), dtype=q.dtype))
-        m_row = stop_gradient(xp.maximum(b + m[..., None], xp.max(log_d, axis=-1)))  # h is independent of it
+        m_row = xp.zeros_like(b)
+        if not sigmoid:
+            m_row = stop_gradient(xp.maximum(b + m[..., None], xp.max(log_d, axis=-1)))  # h is independent of it
         s = (q_c @ xp.matrix_transpose(k_c)) * scale * xp.exp(log_d - m_row[..., None])
         from_state = xp.exp(b + m[..., None] - m_row) * scale
         num = s @ v_c + from_state[..., None] * (q_c @ c)
         r = xp.sum(s, axis=-1) + from_state * xp.sum(q_c * n[..., None, :], axis=-1)
-        h = num / _normaliser(xp, r, m_row, eps, normalizer_grad, stop_gradient)[..., None]
+        h = normalised(num, r, m_row)
 
         total = b[..., -1]
-        m_new = xp.maximum(total + m, xp.max(log_a, axis=-1))
+        m_new = xp.zeros_like(m) if sigmoid else xp.maximum(total + m, xp.max(log_a, axis=-1))
         keep = xp.exp(total + m - m_new)
         k_a = k_c * xp.exp(log_a - m_new[..., None])[..., None]
         c = keep[..., None, None] * c + xp.matrix_transpose(k_a) @ v_c
-        n = keep[..., None] * n + xp.sum(k_a, axis=-2)
+        n = keep[..., None] * n + xp.sum(k_a, axis=-2) if normalize else n
         return (c, n, m_new), h
 
     # The tail remembers everything (log f = 0) and adds nothing (i = -inf, but finite).

@@ -11,6 +11,7 @@ from .problem import (
     BACKENDS,
     GATE_DTYPES,
     INPUT_DTYPES,
+    INPUT_GATES,
     LAYOUTS,
     LONGEST_CHUNK,
     MAX_CHUNK,
@@ -82,6 +83,8 @@ def check_call(
     precision: str,
     backend: str,
     save_states: bool = True,
+    input_gate: str = "exponential",
+    normalize: bool = True,
     strides: Mapping[str, Strides] | None = None,
 ) -> Problem:
     """The problem that valid arguments describe.
@@ -96,8 +99,12 @@ def check_call(
     one_of("precision", precision, PRECISIONS)
     one_of("backend", backend, BACKENDS)
     check_chunk_size(chunk_size)
-    if not isinstance(save_states, bool):
-        raise TypeError(f"save_states: expected a bool, got {type(save_states).__name__}")
+    for name, flag in (("save_states", save_states), ("normalize", normalize)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+    one_of("input_gate", input_gate, INPUT_GATES)
+    if not normalize and input_gate == "exponential":
+        raise ValueError("normalize: expected True with input_gate='exponential', whose states are scaled, got False")
     eps = _number("eps", eps, minimum=0.0)
 
     infos = {name: info for name, info in arrays.items() if info is not None}
@@ -171,4 +178,6 @@ def check_call(
         precision=precision,
         has_initial=bool(given),
         save_states=save_states,
+        input_gate=input_gate,
+        normalize=normalize,
     )

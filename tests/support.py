@@ -185,6 +185,8 @@ def readable(framework: str, case: Case, form: str, dtype: str) -> Results:
             scale=K**-0.5 if scale is None else scale,
             eps=options.get("eps", 1e-6),
             normalizer_grad=options.get("normalizer_grad", "exact"),
+            input_gate=options.get("input_gate", "exponential"),
+            normalize=options.get("normalize", True),
             stop_gradient=torch.Tensor.detach if is_torch else jax.lax.stop_gradient,
             **({"chunk_size": 16} if form == "chunkwise" else {}),
             **({"scan": jax.lax.scan} if form == "chunkwise" and not is_torch else {}),

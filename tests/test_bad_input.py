@@ -51,6 +51,13 @@ BAD = {
         ValueError,
         r"c_initial, m_initial: expected .* only n_initial",
     ),
+    "input-gate": (
+        {"input_gate": "relu"},
+        ValueError,
+        r"input_gate: expected one of 'exponential', 'sigmoid', got 're",
+    ),
+    "not-normalised": ({"normalize": False}, ValueError, r"normalize: expected True with input_gate='exponential'"),
+    "normalise": ({"normalize": 1}, TypeError, r"normalize: expected a bool, got int"),
     "no-tokens": (
         {"q": _zeros(2, 3, 0, 4), "k": _zeros(2, 3, 0, 4), "v": _zeros(2, 3, 0, 6)}
         | {"i": _zeros(2, 3, 0), "f": _zeros(2, 3, 0)},

@@ -26,6 +26,8 @@ DEFAULTS: Mapping[str, Any] = {
     "layout": "bhtd",
     "precision": "ieee",
     "save_states": True,
+    "input_gate": "exponential",
+    "normalize": True,
 }
 DOCUMENT = 17  # tokens per document in the cases that have several in one sequence
 CLOSED = -60.0  # the forget gate's pre-activation at a document's first token
@@ -52,6 +54,8 @@ class Case:
     chunk_size: int | None = None
     precision: str = "ieee"
     save_states: bool = True
+    input_gate: str = "exponential"
+    normalize: bool = True
     qk_scale: float | None = None
     eps: float = 1e-6
     i_gate: tuple[float, float] = (0.0, 1.0)  # mean and standard deviation
@@ -143,6 +147,9 @@ MANY: Mapping[str, Any] = {
     "last": True,
 }
 
+SIGMOID: Mapping[str, Any] = {"input_gate": "sigmoid"}
+PLAIN: Mapping[str, Any] = {"input_gate": "sigmoid", "normalize": False}
+
 CASES: tuple[Case, ...] = (
     # dtypes and modes, from zero and from given states
     Case("two-chunks", T=128),
@@ -181,6 +188,13 @@ CASES: tuple[Case, ...] = (
     # options
     *(Case(f"precision-{p}", T=40, H=1, precision=p) for p in ("tf32x3", "tf32")),
     *(_states(f"recompute-{d}", T=40, H=1, dtype=d, save_states=False) for d in ("float32", "bfloat16")),
+    # the sigmoid input gate
+    *(_states(f"sigmoid-{mode}", **SIGMOID, normalizer_grad=mode, chunk_size=32) for mode in MODES),
+    *(_states(f"sigmoid-{d}", **SIGMOID, dtype=d, H=1) for d in HALF),
+    *(_states(f"sigmoid-plain-{d}", **PLAIN, dtype=d, chunk_size=32, H=1) for d in ("float32", "bfloat16")),
+    Case("sigmoid-bthd", **SIGMOID, layout="bthd", T=40),
+    Case("sigmoid-plain-recompute", **PLAIN, T=40, H=1, save_states=False),
+    _states("sigmoid-documents", **SIGMOID, documents=True, H=1, chunk_size=32, i_gate=(0.0, 10.0)),
     Case("scale-and-eps", T=40, H=1, qk_scale=1.0, eps=1e-2),
     # sizes of real models, on a GPU alone
     *(_gpu(f"gpu-{d}-{K}x{V}", dtype=d, K=K, V=V) for d in ("bfloat16", "float32") for K, V in GPU_HEADS),
@@ -202,6 +216,9 @@ CASES: tuple[Case, ...] = (
     _gpu("gpu-documents", dtype="bfloat16", K=64, V=128, documents=True, initial=True, last=True),
     *(_gpu(f"gpu-{p}", K=128, V=128, T=1000, precision=p) for p in ("tf32x3", "tf32")),
     *(_gpu(f"gpu-chunk-{L}", dtype="bfloat16", K=64, V=64, T=1000, chunk_size=L) for L in (16, 512)),
+    *(_gpu(f"gpu-sigmoid-{mode}", **SIGMOID, dtype="bfloat16", K=128, V=256, normalizer_grad=mode) for mode in MODES),
+    *(_gpu(f"gpu-sigmoid-plain-{d}", **PLAIN, dtype=d, K=128, V=256) for d in ("bfloat16", "float32")),
+    *(_gpu(f"gpu-many-heads-sigmoid-{n}", **MANY, input_gate="sigmoid", normalize=n) for n in (True, False)),
     _gpu("gpu-bfloat16-512x512", dtype="bfloat16", K=512, V=512, T=520, H=2),
 )
 

@@ -229,6 +229,8 @@ def truth(case: Case, arrays: Arrays, device: str = "cpu", normalizer_grad: str 
         eps=case.eps,
         normalizer_grad=normalizer_grad or case.normalizer_grad,
         stop_gradient=Tensor.detach,
+        input_gate=case.input_gate,
+        normalize=case.normalize,
         **options,
     )
     outputs = dict(zip(("h", *LAST), (h, *last), strict=True))

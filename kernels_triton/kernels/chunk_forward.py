@@ -26,6 +26,7 @@ def _add_scores(
     BT: tl.constexpr,
     BK: tl.constexpr,
     COUNT: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     SOURCE: tl.constexpr,
     STATES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -35,11 +36,13 @@ def _add_scores(
     keys = ()  # all loads before the first use: their latencies overlap
     for y in tl.static_range(COUNT):
         keys = keys + (load_tokens(k, y * BT, k0, BT, K, BK, SOURCE),)
-    b_norm = load_norm(norm, k0 + tl.arange(0, BK), K, BK, STATES)
+    if NORMALIZE:
+        b_norm = load_norm(norm, k0 + tl.arange(0, BK), K, BK, STATES)
+        b_r += tl.sum(b_q.to(tl.float32) * b_norm[None, :], 1)
     updated = ()
     for y in tl.static_range(COUNT):
         updated = updated + (dot(b_q, tl.trans(keys[y]), scores[y], PRECISION),)
-    return updated, b_r + tl.sum(b_q.to(tl.float32) * b_norm[None, :], 1), b_q
+    return updated, b_r, b_q
 
 
 @triton.jit
@@ -55,6 +58,7 @@ def rows_forward(
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
     STORE_D: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     SOURCE: tl.constexpr,
     STATES: tl.constexpr,
     BF16: tl.constexpr,
@@ -66,14 +70,19 @@ def rows_forward(
     # All loads before the first product: their latencies overlap.
     a_hi, a_lo = load_pair(p_a, p_a_low, t_q, True)
     g_hi, g_lo = load_pair(p_gamma, p_gamma_low, 0, True)
-    b_floor = tl.load(p_floor + t_q)
+    if NORMALIZE:
+        b_floor = tl.load(p_floor + t_q)
     scores = zeros_tuple(COUNT, BT, BT)
     b_r = tl.zeros([BT], tl.float32)
     if BK >= K:
-        scores, b_r, b_q = _add_scores(scores, b_r, q, k, norm, 0, K, BT, BK, COUNT, SOURCE, STATES, PRECISION)
+        scores, b_r, b_q = _add_scores(
+            scores, b_r, q, k, norm, 0, K, BT, BK, COUNT, NORMALIZE, SOURCE, STATES, PRECISION
+        )
     else:  # not pipelined: Triton 3.6 races where a sum stands beside a product in a pipelined loop
         for k0 in tl.range(0, K, BK, num_stages=1):
-            scores, b_r, _ = _add_scores(scores, b_r, q, k, norm, k0, K, BT, BK, COUNT, SOURCE, STATES, PRECISION)
+            scores, b_r, _ = _add_scores(
+                scores, b_r, q, k, norm, k0, K, BT, BK, COUNT, NORMALIZE, SOURCE, STATES, PRECISION
+            )
 
     b_beta = exp2_difference(g_hi, g_lo, a_hi, a_lo, True)
     b_r = b_r * b_beta
@@ -85,14 +94,17 @@ def rows_forward(
         b_s = exp2_difference(c_hi[None, :], c_lo[None, :], a_hi[:, None], a_lo[:, None], True) * scores[y]
         if y == COUNT - 1:
             b_s = tl.where(t_k[None, :] <= t_q[:, None], b_s, 0.0)
-        b_r += tl.sum(b_s, 1)
+        if NORMALIZE:
+            b_r += tl.sum(b_s, 1)
         weighted = weighted + (operand(b_s, BF16, PRECISION),)
-    b_r *= SCALE
-    b_normaliser = tl.maximum(tl.abs(b_r), b_floor) + EPS
-    tl.store(p_r + t_q, b_r)
-    if STORE_D:
-        tl.store(p_d + t_q, b_normaliser, mask=t_q < length)
-    b_inverse = SCALE / b_normaliser
+    b_inverse = tl.full([BT], SCALE, tl.float32)
+    if NORMALIZE:
+        b_r *= SCALE
+        b_normaliser = tl.maximum(tl.abs(b_r), b_floor) + EPS
+        tl.store(p_r + t_q, b_r)
+        if STORE_D:
+            tl.store(p_d + t_q, b_normaliser, mask=t_q < length)
+        b_inverse = SCALE / b_normaliser
 
     for v0 in range(0, V, BV):
         b_h = tl.zeros([BT, BV], tl.float32)
@@ -126,10 +138,10 @@ def chunk_forward(
     gamma_low,  # (B, H, NT)
     floor,  # (B, H, NT * L)
     states,  # (B, H, NT, K, V)
-    norms,  # (B, H, NT, K)
+    norms,  # (B, H, NT, K) if NORMALIZE
     T,
     h,  # (B, H, T, V) or (B, T, H, V)
-    r,  # (B, H, NT * L) signed normaliser
+    r,  # (B, H, NT * L) signed normaliser if NORMALIZE, else unused, one element
     d,  # (B, H, T) normaliser if STORE_D, else unused, one element
     H: tl.constexpr,
     K: tl.constexpr,
@@ -142,6 +154,7 @@ def chunk_forward(
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
     STORE_D: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     BTHD: tl.constexpr,
     SOURCE: tl.constexpr,
     BF16: tl.constexpr,
@@ -171,10 +184,12 @@ def chunk_forward(
     p_norm = norms + o_chunk * K
     if not STORE_D and pid == 0:
         tl.store(d, 0.0)
+    if not NORMALIZE and pid == 0:
+        tl.store(r, 0.0)
     for tile in tl.static_range(NRT):
         if role == tile:
             rows_forward(
                 q_view, k_view, v_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row, gamma + o_chunk,
                 gamma_low + o_chunk, floor + o_row, state, p_norm, h + o_h, h_row, r + o_row, d + head * T + t, T - t,
-                K, V, BT, BK, BV, tile + 1, SCALE, EPS, STORE_D, SOURCE, SOURCE, BF16, PRECISION,
+                K, V, BT, BK, BV, tile + 1, SCALE, EPS, STORE_D, NORMALIZE, SOURCE, SOURCE, BF16, PRECISION,
             )  # fmt: skip

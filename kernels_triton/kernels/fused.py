@@ -27,12 +27,18 @@ from .queries_backward import queries_backward
 
 
 @triton.jit
-def advance(b_state, b_norm, b_x, b_y, b_w, b_u, decay, BF16: tl.constexpr, PRECISION: tl.constexpr):
+def advance(
+    b_state, b_norm, b_x, b_y, b_w, b_u, decay,
+    HAS_NORMS: tl.constexpr,
+    BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     """The state and n one chunk on: S <- decay S + sum_t w_t x_t y_t^T, n <- decay n + sum_t u_t x_t."""
     b_xt = tl.trans(b_x).to(tl.float32)
     b_xw = operand(b_xt * b_w[None, :], BF16, PRECISION)
     b_state = dot(b_xw, operand(b_y, BF16, PRECISION), b_state * decay, PRECISION)
-    b_norm = b_norm * decay + tl.sum(b_xt * b_u[None, :], 1)
+    if HAS_NORMS:
+        b_norm = b_norm * decay + tl.sum(b_xt * b_u[None, :], 1)
     return b_state, b_norm
 
 
@@ -54,9 +60,9 @@ def fused_forward(
     n_initial,  # (B, H, K) likewise
     T,
     h,  # (B, H, T, V) or (B, T, H, V)
-    r,  # (B, H, NT * L) signed normaliser
+    r,  # (B, H, NT * L) signed normaliser if NORMALIZE, else unused, one element
     states,  # (B, H, NT, K, V) if SAVE, else unused, one element
-    norms,  # (B, H, NT, K) likewise
+    norms,  # (B, H, NT, K) if SAVE and NORMALIZE, likewise
     c_last,  # (B, H, K, V)
     n_last,  # (B, H, K)
     H: tl.constexpr,
@@ -70,6 +76,7 @@ def fused_forward(
     EPS: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     SAVE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     BTHD: tl.constexpr,
     SOURCE: tl.constexpr,
     BF16: tl.constexpr,
@@ -84,10 +91,14 @@ def fused_forward(
     b_norm = tl.zeros([BK], tl.float32)
     if HAS_INITIAL:
         b_state = load_state((c_initial + head * K * V,), 0, 0, K, V, BK, BV, POINTERS).to(tl.float32)
-        b_norm = load_vector(n_initial + head * K, o_k, K, BK).to(tl.float32)
+        if NORMALIZE:
+            b_norm = load_vector(n_initial + head * K, o_k, K, BK).to(tl.float32)
     if not SAVE and head == 0:
         tl.store(states, 0.0)
+    if not (SAVE and NORMALIZE) and head == 0:
         tl.store(norms, 0.0)
+    if not NORMALIZE and head == 0:
+        tl.store(r, 0.0)
 
     for n in range(0, n_chunks):
         t = n * L
@@ -98,16 +109,17 @@ def fused_forward(
         b_v = load_tokens(token_view(v, v_sb, v_sh, v_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, V, BV, SOURCE)
         if SAVE:
             store_state(states + o_chunk * K * V, b_state, 0, 0, K, V, BK, BV)
-            store_vector(norms + o_chunk * K, b_norm, o_k, K, BK)
+            if NORMALIZE:
+                store_vector(norms + o_chunk * K, b_norm, o_k, K, BK)
         o_h, h_row = contiguous_rows(head, t, T, H, V, BTHD)
         rows_forward(
             (b_q,), (b_k,), (b_v,), c + o_row, c_low + o_row, a + o_row, a_low + o_row, gamma + o_chunk,
             gamma_low + o_chunk, floor + o_row, (b_state,), b_norm, h + o_h, h_row, r + o_row, r, T - t,
-            K, V, L, BK, BV, 1, SCALE, EPS, False, GIVEN, GIVEN, BF16, PRECISION,
+            K, V, L, BK, BV, 1, SCALE, EPS, False, NORMALIZE, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         decay = tl.exp2(tl.load(gamma + o_chunk))
         b_alpha = tl.exp2(tl.load(c + o_row + tl.arange(0, L)))
-        b_state, b_norm = advance(b_state, b_norm, b_k, b_v, b_alpha, b_alpha, decay, BF16, PRECISION)
+        b_state, b_norm = advance(b_state, b_norm, b_k, b_v, b_alpha, b_alpha, decay, NORMALIZE, BF16, PRECISION)
     store_state(c_last + head * K * V, b_state, 0, 0, K, V, BK, BV)
     store_vector(n_last + head * K, b_norm, o_k, K, BK)
 
@@ -132,7 +144,7 @@ def fused_backward(
     state_inverse,  # (B, H, NT * L)
     state_delta,  # (B, H, NT * L)
     states,  # (B, H, NT, K, V)
-    norms,  # (B, H, NT, K)
+    norms,  # (B, H, NT, K) if HAS_NORMS
     dc_last,  # (B, H, K, V) if HAS_LAST
     dn_last,  # (B, H, K) likewise
     c_last,  # (B, H, K, V) likewise
@@ -159,6 +171,7 @@ def fused_backward(
     SCALE: tl.constexpr,
     HAS_LAST: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
     BTHD: tl.constexpr,
     PAIRS: tl.constexpr,
     SOURCE: tl.constexpr,
@@ -176,10 +189,11 @@ def fused_backward(
     product = tl.full([], 0.0, tl.float32)
     if HAS_LAST:
         b_state = load_state((dc_last + o_state,), 0, 0, K, V, BK, BV, POINTERS).to(tl.float32)
-        b_norm = load_vector(dn_last + head * K, o_k, K, BK).to(tl.float32)
         b_last = load_state((c_last + o_state,), 0, 0, K, V, BK, BV, POINTERS)
         product = inner_product(b_state, b_last, BK * BV)
-        product += tl.sum(b_norm * load_vector(n_last + head * K, o_k, K, BK), 0)
+        if HAS_NORMS:
+            b_norm = load_vector(dn_last + head * K, o_k, K, BK).to(tl.float32)
+            product += tl.sum(b_norm * load_vector(n_last + head * K, o_k, K, BK), 0)
     tl.store(outer + head * 2, product)
 
     for step in range(0, n_chunks):
@@ -192,8 +206,10 @@ def fused_backward(
         b_k = load_tokens(token_view(k, k_sb, k_sh, k_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
         b_v = load_tokens(token_view(v, v_sb, v_sh, v_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, V, BV, SOURCE)
         decay = tl.exp2(tl.load(gamma + o_chunk))
-        b_u = tl.load(state_delta + o_row + tl.arange(0, L))
-        b_n = load_vector(norms + o_chunk * K, o_k, K, BK)
+        b_u = b_norm
+        if HAS_NORMS:
+            b_u = tl.load(state_delta + o_row + tl.arange(0, L))
+            b_n = load_vector(norms + o_chunk * K, o_k, K, BK)
         b_dh = load_tokens(token_view(dh, dh_sb, dh_sh, dh_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, V, BV, SOURCE)
         b_c = load_state(state_view(states, o_chunk, K, V, SOURCE), 0, 0, K, V, BK, BV, SOURCE)
         o_dk, dk_row = contiguous_rows(head, t, T, H, K, BTHD)
@@ -202,21 +218,22 @@ def fused_backward(
             (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row,
             d_inverse + o_row, delta + o_row, state_inverse + o_row, state_delta + o_row, (b_c,), norms + o_chunk * K,
             dq + o_dk, dk_row, rows + o_sums, T - t, 0, padded,
-            K, V, L, BK, BV, L, L, 0, SCALE, True, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
+            K, V, L, BK, BV, L, L, 0, SCALE, HAS_NORMS, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         product = inner_product(b_state, b_c.to(tl.float32), BK * BV)
-        product += tl.sum(b_norm * b_n, 0)
+        if HAS_NORMS:
+            product += tl.sum(b_norm * b_n, 0)
         tl.store(inner + o_chunk, product)
         keys_values_backward(
             (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row,
             d_inverse + o_row, delta + o_row, (b_state,), b_norm, dk + o_dk, dk_row, dv + o_dv, dv_row, cols + o_sums,
             T - t, 0, padded,
-            K, V, L, BK, BV, L, L, 0, SCALE, True, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
+            K, V, L, BK, BV, L, L, 0, SCALE, HAS_NORMS, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         b_w = tl.load(state_inverse + o_row + tl.arange(0, L))
         # q again: a tile that is used from registers too would not be fetched ahead for the products above.
         b_q = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, T, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
-        b_state, b_norm = advance(b_state, b_norm, b_q, b_dh, b_w, b_u, decay, BF16, PRECISION)
+        b_state, b_norm = advance(b_state, b_norm, b_q, b_dh, b_w, b_u, decay, HAS_NORMS, BF16, PRECISION)
 
     store_state(dc_initial + o_state, b_state, 0, 0, K, V, BK, BV)
     store_vector(dn_initial + head * K, b_norm, o_k, K, BK)
@@ -224,5 +241,6 @@ def fused_backward(
     if HAS_INITIAL:
         b_c = load_state((c_initial + o_state,), 0, 0, K, V, BK, BV, POINTERS)
         product = inner_product(b_state, b_c, BK * BV)
-        product += tl.sum(b_norm * load_vector(n_initial + head * K, o_k, K, BK), 0)
+        if HAS_NORMS:
+            product += tl.sum(b_norm * load_vector(n_initial + head * K, o_k, K, BK), 0)
     tl.store(outer + head * 2 + 1, product)

@@ -41,18 +41,28 @@ def _log_forget(x, IS_LOG: tl.constexpr):
 
 
 @triton.jit
+def _log_input(i, i_sb, i_sh, i_st, head, t, m_t, H: tl.constexpr, SIGMOID: tl.constexpr):
+    """The logarithm of the input gate in float64: its pre-activation, or log(sigmoid) of that; -inf beyond T."""
+    p_i = i + (head // H) * i_sb + (head % H) * i_sh
+    y = tl.load(p_i + t.to(tl.int64) * i_st, mask=m_t, other=NEG_INF).to(tl.float64)
+    if SIGMOID:
+        y = tl.where(m_t, _log_forget(y, False), NEG_INF)
+    return y
+
+
+@triton.jit
 def _chunk_sums(
     i, i_sb, i_sh, i_st, f, f_sb, f_sh, f_st, head, t, m_t,
     H: tl.constexpr,
     L: tl.constexpr,
     HAS_I: tl.constexpr,
     F_IS_LOG: tl.constexpr,
+    SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Of some chunks' tokens t, in float64: prefix sums b of log f, i - b, b's total, the largest i - b, its token."""
-    p_i = i + (head // H) * i_sb + (head % H) * i_sh
     p_f = f + (head // H) * f_sb + (head % H) * f_sh
     if HAS_I:
-        b_i = tl.load(p_i + t.to(tl.int64) * i_st, mask=m_t, other=NEG_INF).to(tl.float64)
+        b_i = _log_input(i, i_sb, i_sh, i_st, head, t, m_t, H, SIGMOID)
     else:
         b_i = tl.where(m_t, 0.0, NEG_INF).to(tl.float64)
     b_f = tl.load(p_f + t.to(tl.int64) * f_st, mask=m_t, other=0.0).to(tl.float64)
@@ -94,6 +104,7 @@ def gates_sums(
     H: tl.constexpr,
     L: tl.constexpr,
     G: tl.constexpr,
+    SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """One program per head and G chunks: what costs time in float64, where one program per head would be too few."""
     n_chunks = tl.cdiv(T, L)
@@ -105,7 +116,7 @@ def gates_sums(
     m_n = n < n_chunks
     t = n[:, None] * L + tl.arange(0, L)[None, :]
     b_sum, _, total, largest, token = _chunk_sums(
-        i, i_sb, i_sh, i_st, f, f_sb, f_sh, f_st, head, t, t < T, H, L, True, False
+        i, i_sb, i_sh, i_st, f, f_sb, f_sh, f_st, head, t, t < T, H, L, True, False, SIGMOID
     )
     p_sums = sums + head * 2 * padded
     p_totals = totals + head * 4 * n_chunks
@@ -147,6 +158,7 @@ def gates_forward(
     F_IS_LOG: tl.constexpr,
     M_GIVEN: tl.constexpr,
     SPLIT: tl.constexpr,
+    SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """One program per head, G chunks at a time; if SPLIT, one per head and G chunks, after `gates_sums`.
 
@@ -180,7 +192,7 @@ def gates_forward(
     pick = tl.full([], -1, tl.int32)
     if first == 0:
         tl.store(m_chunk + chunk_row, carry.to(tl.float32))
-    if SPLIT:
+    if SPLIT and not SIGMOID:
         for n0 in range(0, first, G):
             n = n0 + o_n
             total = _float64(load_pair(p_totals, p_totals + n_chunks, n, True))
@@ -198,8 +210,7 @@ def gates_forward(
             o_sum = tl.where(m_sum, t, 0)
             p_sums = sums + head * 2 * padded
             b_sum = _float64(load_pair(p_sums, p_sums + padded, o_sum, True))
-            p_i = i + (head // H) * i_sb + (head % H) * i_sh
-            b_c = tl.load(p_i + t.to(tl.int64) * i_st, mask=m_t, other=NEG_INF).to(tl.float64) - b_sum
+            b_c = _log_input(i, i_sb, i_sh, i_st, head, t, m_t, H, SIGMOID) - b_sum
             o_total = tl.minimum(n, n_chunks - 1)
             total = _float64(load_pair(p_totals, p_totals + n_chunks, o_total, True))
             total = tl.where(m_n, total, 0.0)
@@ -208,15 +219,21 @@ def gates_forward(
             token = tl.load(tokens + head * n_chunks + o_total)
         else:
             b_sum, b_c, total, largest, token = _chunk_sums(
-                i, i_sb, i_sh, i_st, f, f_sb, f_sh, f_st, head, t, m_t, H, L, HAS_I, F_IS_LOG
+                i, i_sb, i_sh, i_st, f, f_sb, f_sh, f_st, head, t, m_t, H, L, HAS_I, F_IS_LOG, SIGMOID
             )
-        begin, carry, pick = _advance(carry, pick, n, total, largest, token, G)
+        if SIGMOID:  # the gates need no stabiliser: it is 0 but for that of the initial state
+            begin = tl.where(n == 0, carry, 0.0)
+            b_a = -b_sum
+            end = -total
+            b_m = tl.zeros([G, L], tl.float64)
+        else:
+            begin, carry, pick = _advance(carry, pick, n, total, largest, token, G)
         if M_GIVEN:
             begin = tl.load(m_chunk_given + chunk_row + n, mask=m_n, other=0.0).to(tl.float64)
             end = tl.load(m_chunk_given + chunk_row + n + 1, mask=m_n, other=0.0).to(tl.float64) - total
             b_m = tl.load(m_token + head * T + t, mask=m_t, other=0.0).to(tl.float64)
             b_a = tl.where(m_t, b_m - b_sum, end[:, None])
-        else:
+        elif not SIGMOID:
             b_a = tl.maximum(tl.associative_scan(b_c, 1, _maximum), begin[:, None])
             end = tl.maximum(largest, begin)
             b_m = b_a + b_sum
@@ -232,5 +249,7 @@ def gates_forward(
         tl.store(m_chunk + chunk_row + n + 1, (end + total).to(tl.float32), mask=m_n)
 
     if stop == n_chunks:
+        if SIGMOID:
+            carry *= 0.0
         tl.store(m_last + head, carry.to(tl.float32))
         tl.store(picked + head, pick)

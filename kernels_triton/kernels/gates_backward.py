@@ -7,10 +7,11 @@ from .common import cast
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=["f_sb", "f_sh", "f_st", "T"],
+    do_not_specialize_on_alignment=["f_sb", "f_sh", "f_st", "i_sb", "i_sh", "i_st", "T"],
 )
 def gates_backward(
     f, f_sb, f_sh, f_st,  # (B, H, T) forget gate pre-activations
+    i, i_sb, i_sh, i_st,  # (B, H, T) input gate pre-activations if SIGMOID
     gamma,  # (B, H, NT) log2
     rows,  # (B, H, 2 * NKT, NT * L) per key tile: sum_j<i X_ij + P_i; X_ii
     cols,  # (B, H, 2 * NKT, NT * L) per key tile: sum_i>j X_ij; U_j
@@ -29,6 +30,7 @@ def gates_backward(
     NP: tl.constexpr,
     HAS_DLAST: tl.constexpr,
     HAS_DM_LAST: tl.constexpr,
+    SIGMOID: tl.constexpr,
     BTHD: tl.constexpr,
 ):  # fmt: skip
     """One program per head and chunk: dI and dF from per-token sums, added in float64 in a fixed order."""
@@ -66,7 +68,7 @@ def gates_backward(
     b_di = b_col + b_diag + b_u
     b_dlogf = tl.cumsum(b_row - b_col, 0, reverse=True) + (tl.cumsum(b_u, 0) - b_u) + w
     dm0 = at_initial
-    if HAS_DLAST:  # the last stabiliser's own cotangent goes where its maximum came from
+    if HAS_DLAST and not SIGMOID:  # the last stabiliser's own cotangent goes where its maximum came from
         rho = -at_last
         if HAS_DM_LAST:
             rho += tl.load(dm_last + head).to(tl.float64)
@@ -78,6 +80,9 @@ def gates_backward(
     p_f = f + (head // H) * f_sb + (head % H) * f_sh
     b_f = tl.load(p_f + t * f_st, mask=m_t, other=0.0).to(tl.float64)
     b_df = b_dlogf / (1.0 + tl.exp(b_f))
+    if SIGMOID:
+        p_i = i + (head // H) * i_sb + (head % H) * i_sh
+        b_di = b_di / (1.0 + tl.exp(tl.load(p_i + t * i_st, mask=m_t, other=0.0).to(tl.float64)))
     if BTHD:
         o_out = ((head // H) * T + t) * H + head % H
     else:

@@ -17,16 +17,16 @@ from .common import (
     do_not_specialize_on_alignment=["dh_sb", "dh_sh", "dh_st", "T"],
 )
 def normaliser_backward(
-    h,  # (B, H, T, V) or (B, T, H, V), contiguous
+    h,  # (B, H, T, V) or (B, T, H, V), contiguous, if EXACT
     dh, dh_sb, dh_sh, dh_st,  # (B, H, T, V) in units of UNIT elements
-    r,  # (B, H, NT * L) signed normaliser n.q; or the whole positive normaliser d if D_GIVEN
+    r,  # (B, H, NT * L) signed normaliser n.q; or the whole positive normaliser d if D_GIVEN; neither without NORMALIZE
     floor,  # (B, H, NT * L) exp(-m)
     a,  # (B, H, NT * L)
     a_low,  # (B, H, NT * L) if PAIRS
     gamma,  # (B, H, NT)
     gamma_low,  # (B, H, NT) if PAIRS
     T,
-    d_inverse,  # (B, H, NT * L) 1 / d, d = max(|r|, floor) + eps; 0 from T on
+    d_inverse,  # (B, H, NT * L) 1 / d, d = max(|r|, floor) + eps, or 1 without NORMALIZE; 0 from T on
     delta,  # (B, H, NT * L) cotangent of r: -(dh . h) sign(r) / d where |r| > floor, else 0
     state_inverse,  # (B, H, NT * L) scale beta / d
     state_delta,  # (B, H, NT * L) scale beta delta
@@ -39,6 +39,7 @@ def normaliser_backward(
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
     EXACT: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     D_GIVEN: tl.constexpr,
     BTHD: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -50,7 +51,9 @@ def normaliser_backward(
     start = ((pid % (padded // BT)) * BT).to(tl.int32)
     t = start + tl.arange(0, BT)
     m_t = t < T
-    if D_GIVEN:
+    if not NORMALIZE:
+        b_d = tl.full([BT], 1.0, tl.float32)
+    elif D_GIVEN:
         b_r = tl.load(r + head * T + t, mask=m_t, other=1.0)
         b_d = b_r
         b_floor = b_r

@@ -52,7 +52,7 @@ def state_scan(
     segment,  # chunks per segment, unless SEGMENTS == ONE
     T,
     states,  # (B, H, NT, K, V) state at each chunk's start; backward: cotangent of the state after each chunk
-    norms,  # (B, H, NT, K)
+    norms,  # (B, H, NT, K) likewise for n if HAS_NORMS, else unused, one element
     state_out,  # (B, H, K, V) c_last; backward: the cotangent of c_initial. SUM: sums
     norm_out,  # (B, H, K). SUM: norm_sums
     outer,  # (B, H, NKT * NVT, 2) backward: partial <dC, C> + dn.n at the last and the initial state. SUM: decays
@@ -129,7 +129,8 @@ def state_scan(
             decay = tl.load(decays + o_sums + s)
             b_sum = load_state((sums + (o_sums + s) * K * V,), k0, v0, K, V, BK, BV, POINTERS)
             b_state = b_state * decay + b_sum
-            b_norm = b_norm * decay + load_vector(norm_sums + (o_sums + s) * K, o_k, K, BK)
+            if HAS_NORMS:
+                b_norm = b_norm * decay + load_vector(norm_sums + (o_sums + s) * K, o_k, K, BK)
     left = tl.full([], 1.0, tl.float32)
 
     for step in range(first * PER, stop * PER):
@@ -143,7 +144,7 @@ def state_scan(
             o_chunk = head * n_chunks + n
             if SEGMENTS != SUM:
                 store_state(states + o_chunk * K * V, b_state, k0, v0, K, V, BK, BV)
-                if vt == 0:
+                if HAS_NORMS and vt == 0:
                     store_vector(norms + o_chunk * K, b_norm, o_k, K, BK)
         b_state *= decay
         b_norm *= decay
@@ -153,7 +154,8 @@ def state_scan(
         o_w = head * padded + t + o_t
         if BACKWARD:
             b_w = tl.load(w + o_w)
-            b_u = tl.load(u + o_w)
+            if HAS_NORMS:
+                b_u = tl.load(u + o_w)
         else:
             hi, lo = load_pair(w, w_low, o_w, PAIRS)
             b_w = exp2_difference(hi, lo, 0.0, 0.0, PAIRS)
@@ -165,7 +167,7 @@ def state_scan(
         b_y = load_tokens(y_view, 0, v0, BT, V, BV, SOURCE)
         b_xw = operand(b_x * b_w[None, :], BF16, PRECISION)
         b_state = dot(b_xw, operand(b_y, BF16, PRECISION), b_state, PRECISION)
-        if vt == 0:
+        if HAS_NORMS and vt == 0:
             b_norm += tl.sum(b_x * b_u[None, :], 1)
 
     if SEGMENTS == SUM:
@@ -189,5 +191,7 @@ def state_scan(
             if HAS_NORMS:
                 product += norm_product(b_norm, fw_norm_initial + head * K, o_k, vt, K, BK)
         tl.store(p_outer + 1, product)
+    if SEGMENTS != SUM and not HAS_NORMS and pid == 0:
+        tl.store(norms, 0.0)
     if SEGMENTS != SUM and not HAS_OUTER and pid == 0:
         tl.store(outer, 0.0)
