@@ -82,11 +82,8 @@ def _forward(static: _Static, arrays: Arrays) -> tuple[Any, Arrays]:
     from kernels_triton import plan
 
     results = run(plan.forward_pass(static.problem), arrays, static.backend)
-    problem = static.problem
-    saved = {name: x for name, x in arrays.items() if name in plan.read_again(problem)}
-    dropped = (*(plan.LAST[2:] if static.return_last_states else plan.LAST), *(() if problem.exact else ("h",)))
-    saved.update((name, x) for name, x in results.items() if name not in dropped)
-    return _outputs(static, results), saved
+    kept = plan.saved(static.problem, static.return_last_states)
+    return _outputs(static, results), {name: x for name, x in (arrays | results).items() if name in kept}
 
 
 def _backward(static: _Static, saved: Arrays, cotangents: Any) -> tuple[Arrays]:

@@ -104,9 +104,8 @@ class _Chunkwise(torch.autograd.Function):
         results = run(plan.forward_pass(problem, save), env, backend)
         if not save:
             return tuple(results[name] for name in ("h", *plan.LAST))
-        saved = {name: x for name, x in env.items() if name in plan.read_again(problem)}
-        dropped = plan.LAST[2:] if last else plan.LAST
-        saved |= {name: x for name, x in results.items() if name not in dropped and (name != "h" or problem.exact)}
+        kept = plan.saved(problem, last)
+        saved = {name: x for name, x in (env | results).items() if name in kept}
         ctx.problem, ctx.backend, ctx.names, ctx.places = problem, backend, tuple(saved), _places(saved)
         ctx.save_for_backward(*saved.values())
         ctx.set_materialize_grads(False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from .builder_fused import FusedBuilder
+from .builder_recurrent import RecurrentBuilder
 from .builder_scan import ScanBuilder
 from .config import MANY_HEADS, Tile
 from .kernels import (
@@ -19,12 +20,8 @@ from .launch import Launch, Spec
 from .launch_builder import GATES, NORMALISER, cdiv
 
 
-class Builder(FusedBuilder, ScanBuilder):
+class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
     """The launches of one problem."""
-
-    def _gate(self, name: str, buffer: str | None) -> dict[str, str | int | None]:
-        sb, sh, st = self.strides[buffer] if buffer else (0, 0, 0)
-        return {name: buffer, f"{name}_sb": sb, f"{name}_sh": sh, f"{name}_st": st}
 
     @property
     def split_gates(self) -> bool:
@@ -36,7 +33,7 @@ class Builder(FusedBuilder, ScanBuilder):
         head = (self.p.B, self.p.H)
         return self._launch(
             gates_sums,
-            {**self._gate("i", "i"), **self._gate("f", "f"), "T": self.p.T},
+            {**self._strided("i"), **self._strided("f"), "T": self.p.T},
             {
                 "sums": ("sums", Spec((*head, 2, self.NT * self.L), "float32")),
                 "totals": ("totals", Spec((*head, 4, self.NT), "float32")),
@@ -66,8 +63,8 @@ class Builder(FusedBuilder, ScanBuilder):
         return self._launch(
             gates_forward,
             {
-                **self._gate("i", i),
-                **self._gate("f", f),
+                **self._strided("i", i),
+                **self._strided("f", f),
                 "m_initial": "m_initial" if p.has_initial else None,
                 "m_token": m_token,
                 "m_chunk_given": m_chunk,
@@ -210,8 +207,8 @@ class Builder(FusedBuilder, ScanBuilder):
         return self._launch(
             gates_backward,
             {
-                **self._gate("f", "f"),
-                **self._gate("i", "i" if self.sigmoid else None),
+                **self._strided("f"),
+                **self._strided("i", "i" if self.sigmoid else None),
                 "gamma": "gamma",
                 "rows": "row_sums",
                 "cols": "col_sums",

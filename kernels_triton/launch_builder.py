@@ -103,6 +103,12 @@ class LaunchBuilder:
         shape = (self.heads * self.NT, p.K, p.V)
         return Descriptor(buffer, shape, (p.K * p.V, p.V, 1), (1, tile.BK, tile.BV))
 
+    def _strided(self, parameter: str, buffer: str | None = "") -> dict[str, Operand | None]:
+        """`x, x_sb, x_sh, x_st` of a tensor read element by element; buffer: if not of the same name, None if absent."""
+        buffer = parameter if buffer == "" else buffer
+        sb, sh, st = self.strides[buffer] if buffer else (0, 0, 0)
+        return {parameter: buffer, f"{parameter}_sb": sb, f"{parameter}_sh": sh, f"{parameter}_st": st}
+
     def _launch(
         self,
         kernel: Any,
@@ -111,6 +117,7 @@ class LaunchBuilder:
         programs: int,
         tile: Tile,
         blocks: str = "",
+        chunked: bool = True,
         **constexprs: Any,
     ) -> Launch:
         # An absent operand is filled with a present one: a kernel behind its flag never reads it.
@@ -120,7 +127,12 @@ class LaunchBuilder:
             operands={name: present if x is None else x for name, x in operands.items()},
             outputs=outputs,
             grid=programs,
-            constexprs={"H": self.p.H, "L": self.L, **{b: getattr(tile, b) for b in blocks.split()}, **constexprs},
+            constexprs={
+                "H": self.p.H,
+                **({"L": self.L} if chunked else {}),
+                **{b: getattr(tile, b) for b in blocks.split()},
+                **constexprs,
+            },
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )

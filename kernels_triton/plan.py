@@ -6,9 +6,9 @@ import functools
 
 from .builder import Builder
 from .config import Config
-from .launch import Pass
+from .launch import Launch, Pass
 from .launch_builder import GATES
-from .problem import Problem, Strides, contiguous_strides
+from .problem import SHORT, Problem, Strides, contiguous_strides
 
 INITIAL = ("c_initial", "n_initial", "m_initial")
 LAST = ("c_last", "n_last", "m_last")
@@ -25,10 +25,21 @@ def _saved(b: Builder) -> tuple[str, ...]:
     return (*gates, "picked", *states, "c_last", *normaliser, *(("h",) if b.p.exact else ()))
 
 
-def read_again(problem: Problem) -> tuple[str, ...]:
-    """The arguments that the backward pass reads too."""
-    initial = INITIAL[: 1 + problem.normalize] if problem.has_initial else ()
-    return ("q", "k", "v", "f", *(("i",) if problem.input_gate == "sigmoid" else ()), *initial)
+def _is_recurrent(problem: Problem, save: bool) -> bool:
+    """Token by token: asked for, or a short sequence without gradients, where chunks do not pay."""
+    short = problem.T <= SHORT and problem.chunk_size is None and not save
+    return problem.form == "recurrent" or short
+
+
+def _inputs(problem: Problem) -> tuple[str, ...]:
+    return ("q", "k", "v", "i", "f", *(INITIAL if problem.has_initial else ()))
+
+
+def _forward(b: Builder, save: bool) -> list[Launch]:
+    """The chunkwise launches. save: with the chunk-start states."""
+    launches = [b.gates_sums()] if b.split_gates else []
+    launches.append(b.gates(split=b.split_gates))
+    return launches + ([b.fused_forward(save)] if b.config.fused else [*b.state_forward(), b.outputs()])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -38,25 +49,26 @@ def forward_pass(problem: Problem, save: bool = True, config: Config | None = No
     config: tile sizes other than the table's.
     """
     b = Builder(problem, config)
-    inputs = ("q", "k", "v", "i", "f", *(INITIAL if problem.has_initial else ()))
-    keep_states = save and problem.save_states
-    launches = [b.gates_sums()] if b.split_gates else []
-    launches.append(b.gates(split=b.split_gates))
-    launches += [b.fused_forward(keep_states)] if b.config.fused else [*b.state_forward(), b.outputs()]
+    if _is_recurrent(problem, save):
+        return Pass((b.recurrent(),), _inputs(problem), ("h", *LAST))
     results = dict.fromkeys(("h", *LAST, *(_saved(b) if save else ())))
-    return Pass(tuple(launches), inputs, tuple(results))
+    return Pass(tuple(_forward(b, save and problem.save_states)), _inputs(problem), tuple(results))
 
 
 @functools.lru_cache(maxsize=1024)
 def backward_pass(
     problem: Problem, dh_strides: Strides | None = None, has_dlast: bool = False, config: Config | None = None
 ) -> Pass:
-    """All gradients. `has_dlast`: cotangents of the last states are given (all three). config: as of `forward_pass`."""
+    """All gradients. `has_dlast`: cotangents of the last states are given (all three). config: as of `forward_pass`.
+
+    The recurrent form saves nothing: its backward pass is that of the chunkwise form, after that form's forward pass.
+    """
     b = Builder(problem, config)
     b.strides["dh"] = dh_strides or contiguous_strides(problem.H, problem.T, problem.V, problem.layout)
     # n's cotangent is 0 where none is given and none flows through the normaliser.
     norms = problem.normalize and (problem.exact or has_dlast)
-    launches = [b.normaliser()]
+    launches = _forward(b, save=True) if problem.form == "recurrent" else []
+    launches.append(b.normaliser())
     if not problem.save_states:
         launches += b.state_forward(("unused_c_last", "unused_n_last"))
     if b.config.fused:
@@ -64,10 +76,20 @@ def backward_pass(
     else:
         launches += [*b.state_backward(has_dlast, has_dlast and norms, norms=norms), b.gradients(norms)]
     launches.append(b.gates_gradient(has_dlast, has_dlast))
-    initial = problem.has_initial
-    inputs = (
-        *("dh", *read_again(problem)),
-        *(x for x in _saved(b) if has_dlast or x not in LAST),
-        *(("dc_last", "dn_last", "dm_last") if has_dlast else ()),
-    )
-    return Pass(tuple(launches), inputs, (*GRADIENTS, *(GRADIENTS_INITIAL if initial else ())))
+    made: set[str] = set()
+    read: dict[str, None] = {}  # in order
+    for launch in launches:
+        read |= dict.fromkeys(x for x in launch.buffers if x not in made)
+        made |= {buffer for buffer, _ in launch.outputs.values()}
+    gradients = (*GRADIENTS, *(GRADIENTS_INITIAL if problem.has_initial else ()))
+    return Pass(tuple(launches), tuple(read), gradients)
+
+
+@functools.lru_cache(maxsize=1024)
+def saved(problem: Problem, has_dlast: bool) -> frozenset[str]:
+    """What the backward pass reads but for cotangents: arguments, and results of the forward pass.
+
+    has_dlast: the last states may have cotangents.
+    """
+    cotangents = {"dh", *(f"d{name}" for name in LAST)}
+    return frozenset(x for y in (False, has_dlast) for x in backward_pass(problem, None, y).inputs) - cotangents

@@ -26,6 +26,9 @@ PRECISIONS = ("ieee", "tf32x3", "tf32")
 BACKENDS = ("triton", "interpret", "reference", "auto")
 
 
+# The longest sequence that is computed token by token where nothing asks for gradients.
+SHORT = 16
+
 DEFAULT_ARCH = "sm_90"  # whose tile sizes are taken where there is no GPU
 
 
@@ -60,6 +63,8 @@ class Problem:
     save_states: bool = True  # for the backward pass; otherwise it computes them again
     input_gate: str = "exponential"
     normalize: bool = True
+    form: str = "chunkwise"  # or "recurrent": token by token
+    c_dtype: str = "float32"  # of the recurrent form's C, before and after
     descriptors: bool = False  # read q, k, v and states through tensor descriptors: the same bits, sooner
 
     @property

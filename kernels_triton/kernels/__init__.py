@@ -6,6 +6,7 @@ from .fused import fused_backward, fused_forward
 from .gates import gates_forward, gates_sums
 from .gates_backward import gates_backward
 from .normaliser import normaliser_backward
+from .recurrent import recurrent
 from .state import state_scan
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "gates_forward",
     "gates_sums",
     "normaliser_backward",
+    "recurrent",
     "state_scan",
 ]

@@ -30,7 +30,7 @@ def _previous(x, first, G: tl.constexpr):
 
 
 @triton.jit
-def _log_forget(x, IS_LOG: tl.constexpr):
+def log_forget(x, IS_LOG: tl.constexpr):
     """log(sigmoid(x)) in float64, stable on both sides; x itself where it is that logarithm already."""
     if IS_LOG:
         y = x
@@ -46,7 +46,7 @@ def _log_input(i, i_sb, i_sh, i_st, head, t, m_t, H: tl.constexpr, SIGMOID: tl.c
     p_i = i + (head // H) * i_sb + (head % H) * i_sh
     y = tl.load(p_i + t.to(tl.int64) * i_st, mask=m_t, other=NEG_INF).to(tl.float64)
     if SIGMOID:
-        y = tl.where(m_t, _log_forget(y, False), NEG_INF)
+        y = tl.where(m_t, log_forget(y, False), NEG_INF)
     return y
 
 
@@ -66,7 +66,7 @@ def _chunk_sums(
     else:
         b_i = tl.where(m_t, 0.0, NEG_INF).to(tl.float64)
     b_f = tl.load(p_f + t.to(tl.int64) * f_st, mask=m_t, other=0.0).to(tl.float64)
-    b_logf = tl.where(m_t, _log_forget(b_f, F_IS_LOG), 0.0)  # beyond T: remembers all, adds nothing
+    b_logf = tl.where(m_t, log_forget(b_f, F_IS_LOG), 0.0)  # beyond T: remembers all, adds nothing
     b_sum = tl.cumsum(b_logf, 1)
     total = tl.sum(tl.where(tl.arange(0, L)[None, :] == L - 1, b_sum, 0.0), 1)
     b_c = b_i - b_sum
