@@ -1,5 +1,6 @@
 """The mLSTM operator for JAX."""
 
 from .operator import mlstm_chunkwise
+from .recurrent import mlstm_recurrent, mlstm_step
 
-__all__ = ["mlstm_chunkwise"]
+__all__ = ["mlstm_chunkwise", "mlstm_recurrent", "mlstm_step"]

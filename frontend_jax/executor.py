@@ -47,6 +47,7 @@ def launch_all(program: Pass, arrays: Mapping[str, jax.Array], compute_capabilit
     env = {name: arrays[name] for name in program.inputs}
     for launch in program.launches:
         operands: list[Any] = []
+        names = tuple(launch.operands)
         for x in launch.operands.values():
             if isinstance(x, Descriptor):
                 raise TypeError(f"{launch.name}: expected buffers and scalars, got a descriptor; jax-triton has none")
@@ -57,6 +58,7 @@ def launch_all(program: Pass, arrays: Mapping[str, jax.Array], compute_capabilit
             grid=(launch.grid,),
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
+            input_output_aliases={names.index(x): tuple(launch.outputs).index(y) for x, y in launch.in_place},
             **{out_keyword: tuple(_struct(spec) for _, spec in launch.outputs.values())},
             **options,
             **launch.constexprs,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -56,7 +55,7 @@ def platform_of(x: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
+class Static:
     """What is fixed at trace time."""
 
     problem: Problem
@@ -64,7 +63,7 @@ class _Static:
     return_last_states: bool
 
 
-def _outputs(static: _Static, results: Arrays) -> Any:
+def _outputs(static: Static, results: Arrays) -> Any:
     from kernels_triton import plan
 
     last = tuple(results[name] for name in plan.LAST)
@@ -72,13 +71,14 @@ def _outputs(static: _Static, results: Arrays) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunkwise(static: _Static, arrays: Arrays) -> Any:
+def kernels_call(static: Static, arrays: Arrays) -> Any:
+    """The kernels' forward pass; differentiated, their two passes."""
     from kernels_triton import plan
 
     return _outputs(static, run(plan.forward_pass(static.problem, False), arrays, static.backend))
 
 
-def _forward(static: _Static, arrays: Arrays) -> tuple[Any, Arrays]:
+def _forward(static: Static, arrays: Arrays) -> tuple[Any, Arrays]:
     from kernels_triton import plan
 
     results = run(plan.forward_pass(static.problem), arrays, static.backend)
@@ -86,7 +86,7 @@ def _forward(static: _Static, arrays: Arrays) -> tuple[Any, Arrays]:
     return _outputs(static, results), {name: x for name, x in (arrays | results).items() if name in kept}
 
 
-def _backward(static: _Static, saved: Arrays, cotangents: Any) -> tuple[Arrays]:
+def _backward(static: Static, saved: Arrays, cotangents: Any) -> tuple[Arrays]:
     from kernels_triton import plan
 
     env = dict(saved)
@@ -99,11 +99,12 @@ def _backward(static: _Static, saved: Arrays, cotangents: Any) -> tuple[Arrays]:
     return ({name.removeprefix("d"): x for name, x in results.items()},)
 
 
-_chunkwise.defvjp(_forward, _backward)
+kernels_call.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
-def _reference(static: _Static, arrays: Arrays) -> Any:
+def reference_call(static: Static, arrays: Arrays) -> Any:
+    """The readable reference in float32."""
     problem = static.problem
     q, k, v, i, f = (arrays[name] for name in NAMES[:5])
     if problem.layout == "bthd":
@@ -111,23 +112,40 @@ def _reference(static: _Static, arrays: Arrays) -> Any:
     head = (problem.B, problem.H)
     shapes = {"c_initial": (*head, problem.K, problem.V), "n_initial": (*head, problem.K), "m_initial": head}
     zeros = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
-    states = varying(zeros | {name: arrays[name] for name in zeros if name in arrays}, q).values()
+    given = {name: arrays[name].astype(jnp.float32) for name in zeros if name in arrays}
+    states = varying(zeros | given, q).values()
+    cell: Any = reference.recurrent
+    if problem.form == "chunkwise":
+        cell = functools.partial(reference.chunkwise, chunk_size=problem.chunk_size or 64, scan=jax.lax.scan)
     with jax.default_matmul_precision("float32"):
-        h, last = reference.chunkwise(
+        h, last = cell(
             *(x.astype(jnp.float32) for x in (q, k, v, i, f)),
             *states,
-            chunk_size=problem.chunk_size or 64,
             scale=problem.scale,
             eps=problem.eps,
             normalizer_grad=problem.normalizer_grad,
             input_gate=problem.input_gate,
             normalize=problem.normalize,
             stop_gradient=jax.lax.stop_gradient,
-            scan=jax.lax.scan,
         )
     h = h.astype(v.dtype)
     h = h.swapaxes(1, 2) if problem.layout == "bthd" else h
+    last = (last[0].astype(problem.c_dtype), *last[1:])
     return (h, last) if static.return_last_states else h
+
+
+def apply(
+    given: tuple[Array | None, ...], return_last_states: bool, options: dict[str, Any], form: str = "chunkwise"
+) -> Any:
+    """h, with the last states if they are asked for. given: by NAMES; options: of `check_call`."""
+    problem = check_call({name: describe(name, x) for name, x in zip(NAMES, given, strict=True)}, **options, form=form)
+    q = given[0]
+    problem = dataclasses.replace(problem, arch=architecture_of(q))
+    static = Static(problem, choose_backend(options["backend"], platform_of(q)), return_last_states)
+    arrays = varying({name: jnp.asarray(x) for name, x in zip(NAMES, given, strict=True) if x is not None})
+    if "m_initial" in arrays:
+        arrays["m_initial"] = arrays["m_initial"].reshape(problem.B, problem.H)
+    return (reference_call if static.backend == "reference" else kernels_call)(static, arrays)
 
 
 def mlstm_chunkwise(
@@ -191,23 +209,16 @@ def mlstm_chunkwise(
     Raises:
         TypeError, ValueError: the argument, what was expected and what came; before anything is launched.
     """
-    given: Mapping[str, Any] = dict(zip(NAMES, (q, k, v, i, f, c_initial, n_initial, m_initial), strict=True))
-    problem = check_call(
-        {name: describe(name, x) for name, x in given.items()},
-        eps=eps,
-        chunk_size=chunk_size,
-        qk_scale=qk_scale,
-        normalizer_grad=normalizer_grad,
-        layout=layout,
-        precision=precision,
-        backend=backend,
-        save_states=save_states,
-        input_gate=input_gate,
-        normalize=normalize,
-    )
-    problem = dataclasses.replace(problem, arch=architecture_of(q))
-    static = _Static(problem, choose_backend(backend, platform_of(q)), return_last_states)
-    arrays = varying({name: jnp.asarray(x) for name, x in given.items() if x is not None})
-    if "m_initial" in arrays:
-        arrays["m_initial"] = arrays["m_initial"].reshape(problem.B, problem.H)
-    return (_reference if static.backend == "reference" else _chunkwise)(static, arrays)
+    options = {
+        "eps": eps,
+        "chunk_size": chunk_size,
+        "qk_scale": qk_scale,
+        "normalizer_grad": normalizer_grad,
+        "layout": layout,
+        "precision": precision,
+        "save_states": save_states,
+        "input_gate": input_gate,
+        "normalize": normalize,
+        "backend": backend,
+    }
+    return apply((q, k, v, i, f, c_initial, n_initial, m_initial), return_last_states, options)

@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels_triton import interpreter
 from kernels_triton.launch import Descriptor, Launch, Operand, Pass
 
+Tensors = Mapping[str, Tensor]
 ALIGNMENT = 16  # bytes: what Triton specialises pointers on
 
 
@@ -21,12 +22,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a shared name."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
-def _operand(x: Operand, env: Mapping[str, Tensor]) -> Any:
+def _operand(x: Operand, env: Tensors) -> Any:
     if isinstance(x, Descriptor):
         from triton.tools.tensor_descriptor import TensorDescriptor  # only where there is a GPU
 
@@ -34,15 +36,20 @@ def _operand(x: Operand, env: Mapping[str, Tensor]) -> Any:
     return env[x] if isinstance(x, str) else x
 
 
-def launch_one(launch: Launch, env: dict[str, Tensor], device: torch.device, aligned: bool = False) -> None:
+def launch_one(
+    launch: Launch, env: dict[str, Tensor], device: torch.device, aligned: bool = False, out: Tensors | None = None
+) -> None:
     """Run one launch on the tensors of env, and add its outputs to them.
+
+    out: tensors that outputs are written to, by name; others are new.
 
     aligned: all inputs are aligned to ALIGNMENT, as the outputs are. Then nothing that Triton specialises a kernel on
     can differ between two runs of a launch: the second one goes to the compiled kernel, in a tenth of the time.
     """
     arguments = [env[x] if isinstance(x, str) else _operand(x, env) for x in launch.operands.values()]
     for buffer, spec in launch.outputs.values():
-        env[buffer] = x = torch.empty(spec.shape, dtype=_dtype(spec.dtype), device=device)
+        x = out.get(buffer) if out else None
+        env[buffer] = x = torch.empty(spec.shape, dtype=dtype_of(spec.dtype), device=device) if x is None else x
         arguments.append(x)
     compiled = launch.compiled.get(device.index) if aligned else None
     if compiled is not None:
@@ -59,28 +66,29 @@ def launch_one(launch: Launch, env: dict[str, Tensor], device: torch.device, ali
         launch.compiled[device.index] = compiled
 
 
-def launch_all(program: Pass, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def launch_all(program: Pass, tensors: Tensors, out: Tensors | None = None) -> dict[str, Tensor]:
     """Run every launch on the tensors' device; returns the pass's results by name. Never synchronises."""
     env = {name: tensors[name] for name in program.inputs}
     device = env["q"].device
-    aligned = all(x.data_ptr() % ALIGNMENT == 0 for x in env.values())
+    aligned = all(x.data_ptr() % ALIGNMENT == 0 for x in (*env.values(), *(out or {}).values()))
     with torch.cuda.device_of(env["q"]):
         for launch, spent in zip(program.launches, program.spent, strict=True):
-            launch_one(launch, env, device, aligned)
+            launch_one(launch, env, device, aligned, out)
             for name in spent:
                 del env[name]
     return env
 
 
-def _interpret(program: Pass, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _interpret(program: Pass, tensors: Tensors, out: Tensors | None = None) -> dict[str, Tensor]:
     hosts = {
         name: interpreter.HostArray(tensors[name].data_ptr(), dtype_name(tensors[name].dtype), tensors[name])
         for name in program.inputs
     }
     raw = interpreter.run(program, hosts)
-    return {name: torch.from_numpy(x).view(getattr(torch, program.spec(name).dtype))[..., 0] for name, x in raw.items()}
+    new = {name: torch.from_numpy(x).view(getattr(torch, program.spec(name).dtype))[..., 0] for name, x in raw.items()}
+    return new | {name: x.copy_(new[name]) for name, x in (out or {}).items()}
 
 
-def run(program: Pass, tensors: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
-    """Execute a pass. Tensors must have the strides that its plan was made for."""
-    return (_interpret if backend == "interpret" else launch_all)(program, tensors)
+def run(program: Pass, tensors: Tensors, backend: str, out: Tensors | None = None) -> dict[str, Tensor]:
+    """Execute a pass. Tensors must have the strides that its plan was made for. out: tensors for results, by name."""
+    return (_interpret if backend == "interpret" else launch_all)(program, tensors, out)

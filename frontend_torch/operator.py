@@ -17,7 +17,7 @@ from kernels_triton.backend import choose_backend
 from kernels_triton.problem import MAX_TOKEN_STRIDE, MIN_DESCRIPTORS, Problem, Strides, architecture, suits_descriptors
 from kernels_triton.validation import ArrayInfo, check_call
 
-from .executor import ALIGNMENT, dtype_name, run
+from .executor import ALIGNMENT, dtype_name, dtype_of, run
 
 States = tuple[Float32[Tensor, "B H K V"], Float32[Tensor, "B H K"], Float32[Tensor, "B H"]]
 NAMES = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial")
@@ -154,7 +154,8 @@ def _suits(x: Tensor) -> bool:
     return suits_descriptors(tuple(x.shape), x.stride(), x.element_size(), x.data_ptr())
 
 
-def _reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, States]:
+def run_reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, States]:
+    """The readable reference in float32."""
     q, k, v, i, f, *states = tensors
     assert q is not None and k is not None and v is not None and i is not None and f is not None
     if problem.layout == "bthd":
@@ -162,10 +163,14 @@ def _reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple[Te
     q, k, i, f = (x.to(torch.float32) for x in (q, k, i, f))
     head = (problem.B, problem.H)
     shapes = ((*head, problem.K, problem.V), (*head, problem.K), head)
-    c, n, m = (q.new_zeros(shape) if x is None else x for shape, x in zip(shapes, states, strict=True))
-    h, last = reference.chunkwise(
+    c, n, m = (
+        q.new_zeros(shape) if x is None else x.to(torch.float32) for shape, x in zip(shapes, states, strict=True)
+    )
+    cell: Any = reference.recurrent
+    if problem.form == "chunkwise":
+        cell = functools.partial(reference.chunkwise, chunk_size=problem.chunk_size or 64)
+    h, last = cell(
         *(q, k, v.to(torch.float32), i, f, c, n, m),
-        chunk_size=problem.chunk_size or 64,
         scale=problem.scale,
         eps=problem.eps,
         normalizer_grad=problem.normalizer_grad,
@@ -174,11 +179,11 @@ def _reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple[Te
         normalize=problem.normalize,
     )
     h = h.to(v.dtype)
-    return (h.transpose(1, 2) if problem.layout == "bthd" else h), last
+    return (h.transpose(1, 2) if problem.layout == "bthd" else h), (last[0].to(dtype_of(problem.c_dtype)), *last[1:])
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class Call:
     """What is settled before the kernels run, for arguments of given shapes, strides and dtypes."""
 
     problem: Problem
@@ -186,7 +191,7 @@ class _Call:
     transposed: bool  # tokens before heads in memory, though not in the layout
 
 
-def _settle(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...]) -> _Call:
+def _settle(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...]) -> Call:
     strides = {
         name: head_strides(x, problem.layout) for name, x in zip(NAMES[:5], tensors, strict=False) if x is not None
     }
@@ -202,10 +207,10 @@ def _settle(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...]) 
         arch=architecture_of(q.device),
         descriptors=_descriptors(problem, backend, tensors),
     )
-    return _Call(problem, backend, transposed)
+    return Call(problem, backend, transposed)
 
 
-def _run(call: _Call, tensors: tuple[Tensor | None, ...], last: bool) -> tuple[Tensor, States]:
+def run_kernels(call: Call, tensors: tuple[Tensor | None, ...], last: bool) -> tuple[Tensor, States]:
     """last: the states may get cotangents."""
     if call.transposed:
         tensors = tuple(x.transpose(1, 2) if x is not None and n < 5 else x for n, x in enumerate(tensors))
@@ -215,10 +220,10 @@ def _run(call: _Call, tensors: tuple[Tensor | None, ...], last: bool) -> tuple[T
 
 
 # Calls that are settled, by all that they depend on: checking one takes longer than launching its kernels.
-_calls: dict[Any, _Call] = {}
+_calls: dict[Any, Call] = {}
 
 
-def _settled(key: Any, tensors: tuple[Tensor | None, ...]) -> _Call | None:
+def _settled(key: Any, tensors: tuple[Tensor | None, ...]) -> Call | None:
     """The call like an earlier one, if there was one; its tensors must be as well aligned."""
     try:
         call = _calls.get(key)
@@ -233,7 +238,7 @@ def _aligned(tensors: tuple[Tensor | None, ...]) -> bool:
     return all(x is None or x.data_ptr() % ALIGNMENT == 0 for x in tensors[:3])
 
 
-def _key(tensors: tuple[Any, ...], *options: Any) -> Any:
+def call_key(tensors: tuple[Any, ...], *options: Any) -> Any:
     """All that a call depends on; None if an argument is no tensor. Options with their types, since 1 == True."""
     try:
         of = tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors)
@@ -242,10 +247,33 @@ def _key(tensors: tuple[Any, ...], *options: Any) -> Any:
     return of, options, tuple(map(type, options)), descriptors
 
 
-def _remember(key: Any, call: _Call) -> None:
+def _remember(key: Any, call: Call) -> None:
     if len(_calls) >= MAX_CALLS:
         _calls.clear()
     _calls[key] = call
+
+
+def apply(
+    tensors: tuple[Tensor | None, ...], last: bool, options: dict[str, Any], form: str = "chunkwise"
+) -> tuple[Tensor, States]:
+    """h and the last states. tensors: by NAMES; options: of `check_call`; last: the states may get cotangents."""
+    key = call_key(tensors, form, *options.values())
+    call = _settled(key, tensors)
+    if call is None:
+        infos = {name: describe(name, x) for name, x in zip(NAMES, tensors, strict=True)}
+        problem = check_call(infos, **options, form=form)
+        q = tensors[0]
+        assert q is not None
+        backend = choose_backend(options["backend"], platform_of(q))
+        if backend != "reference":
+            given, tensors = tensors, tuple(map(_readable, NAMES, tensors, [problem.layout] * len(NAMES)))
+            call = _settle(problem, backend, tensors)
+            if all(x is y for x, y in zip(tensors, given, strict=True)) and _aligned(tensors):
+                _remember(key, call)
+    m = tensors[-1]
+    if m is not None:
+        tensors = (*tensors[:-1], m.reshape(m.shape[:2]))
+    return run_kernels(call, tensors, last) if call else run_reference(problem, tensors)
 
 
 def mlstm_chunkwise(
@@ -307,34 +335,17 @@ def mlstm_chunkwise(
     Raises:
         TypeError, ValueError: the argument, what was expected and what came; before anything is launched.
     """
-    tensors: tuple[Tensor | None, ...] = (q, k, v, i, f, c_initial, n_initial, m_initial)
-    key = _key(
-        tensors,
-        *(eps, chunk_size, qk_scale, normalizer_grad, layout, precision, save_states, input_gate, normalize, backend),
-    )
-    call = _settled(key, tensors)
-    if call is None:
-        problem = check_call(
-            {name: describe(name, x) for name, x in zip(NAMES, tensors, strict=True)},
-            eps=eps,
-            chunk_size=chunk_size,
-            qk_scale=qk_scale,
-            normalizer_grad=normalizer_grad,
-            layout=layout,
-            precision=precision,
-            backend=backend,
-            save_states=save_states,
-            input_gate=input_gate,
-            normalize=normalize,
-        )
-        backend_used = choose_backend(backend, platform_of(q))
-        given = tensors
-        if backend_used != "reference":
-            tensors = tuple(_readable(name, x, layout) for name, x in zip(NAMES, given, strict=True))
-            call = _settle(problem, backend_used, tensors)
-            if all(x is y for x, y in zip(tensors, given, strict=True)) and _aligned(tensors):
-                _remember(key, call)
-    if m_initial is not None:
-        tensors = (*tensors[:-1], m_initial.reshape(m_initial.shape[:2]))
-    h, last = _run(call, tensors, return_last_states) if call else _reference(problem, tensors)
+    options = {
+        "eps": eps,
+        "chunk_size": chunk_size,
+        "qk_scale": qk_scale,
+        "normalizer_grad": normalizer_grad,
+        "layout": layout,
+        "precision": precision,
+        "save_states": save_states,
+        "input_gate": input_gate,
+        "normalize": normalize,
+        "backend": backend,
+    }
+    h, last = apply((q, k, v, i, f, c_initial, n_initial, m_initial), return_last_states, options)
     return (h, last) if return_last_states else h

@@ -85,7 +85,7 @@ class FusedBuilder(LaunchBuilder):
                 "cols": ("col_sums", Spec((*head, 2, self.NT * self.L), "float32")),
                 "inner": ("inner", Spec((*head, 1, self.NT), "float32")),
                 "outer": ("outer", Spec((*head, 1, 2), "float32")),
-                "dc_initial": ("dc_initial", Spec((*head, p.K, p.V), "float32")),
+                "dc_initial": ("dc_initial", Spec((*head, p.K, p.V), p.c_dtype)),
                 "dn_initial": ("dn_initial", Spec((*head, p.K), "float32")),
             },
             self.heads,

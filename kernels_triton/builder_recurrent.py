@@ -39,6 +39,7 @@ class RecurrentBuilder(LaunchBuilder):
             Tile(0, 0, BK, BV, num_warps=4, num_stages=1),
             "BK BV",
             chunked=False,
+            in_place=(("c_initial", "c_last"),) if p.donate else (),
             K=p.K,
             V=p.V,
             SCALE=p.scale,

@@ -37,7 +37,7 @@ class ScanBuilder(LaunchBuilder):
         segments: Any,
         operands: dict[str, Any],
         outputs: dict[str, tuple[str, Spec]],
-        **flags: bool,
+        **flags: Any,
     ) -> Launch:
         """segments: ONE, SUM or FOLLOW, a constant of kernels/state.py."""
         p, tile = self.p, self.config.dstate if backward else self.config.state
@@ -87,7 +87,7 @@ class ScanBuilder(LaunchBuilder):
         shapes = (
             self.states_spec,
             self.norms_spec if flags["HAS_NORMS"] else Spec((1,), "float32"),
-            Spec((*head, p.K, p.V), "float32"),
+            Spec((*head, p.K, p.V), p.c_dtype if backward else "float32"),
             Spec((*head, p.K), "float32"),
             Spec((*head, self._tiles(backward), 2) if flags["HAS_OUTER"] else (1,), "float32"),
         )

@@ -59,6 +59,7 @@ class Launch:
     constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int
+    in_place: tuple[tuple[str, str], ...] = ()  # outputs that may take the memory of an input: parameters of both
 
     def __post_init__(self) -> None:
         parameters, constexprs = _parameters(self.kernel)

@@ -104,7 +104,7 @@ class LaunchBuilder:
         return Descriptor(buffer, shape, (p.K * p.V, p.V, 1), (1, tile.BK, tile.BV))
 
     def _strided(self, parameter: str, buffer: str | None = "") -> dict[str, Operand | None]:
-        """`x, x_sb, x_sh, x_st` of a tensor read element by element; buffer: if not of the same name, None if absent."""
+        """`x, x_sb, x_sh, x_st` of a tensor read element by element. buffer: if of another name, None if absent."""
         buffer = parameter if buffer == "" else buffer
         sb, sh, st = self.strides[buffer] if buffer else (0, 0, 0)
         return {parameter: buffer, f"{parameter}_sb": sb, f"{parameter}_sh": sh, f"{parameter}_st": st}
@@ -118,6 +118,7 @@ class LaunchBuilder:
         tile: Tile,
         blocks: str = "",
         chunked: bool = True,
+        in_place: tuple[tuple[str, str], ...] = (),
         **constexprs: Any,
     ) -> Launch:
         # An absent operand is filled with a present one: a kernel behind its flag never reads it.
@@ -135,6 +136,7 @@ class LaunchBuilder:
             },
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            in_place=in_place,
         )
 
     def _token_spec(self, dim: int | None, dtype: str) -> Spec:

@@ -65,6 +65,7 @@ class Problem:
     normalize: bool = True
     form: str = "chunkwise"  # or "recurrent": token by token
     c_dtype: str = "float32"  # of the recurrent form's C, before and after
+    donate: bool = False  # C is written where it was read, in JAX: for a donated array
     descriptors: bool = False  # read q, k, v and states through tensor descriptors: the same bits, sooner
 
     @property

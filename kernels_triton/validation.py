@@ -72,6 +72,47 @@ def check_chunk_size(chunk_size: Any, name: str = "chunk_size") -> None:
         raise ValueError(f"{name}: expected a power of two from {MIN_CHUNK} to {MAX_CHUNK}, got {chunk_size}")
 
 
+def _bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def _cell(eps: Any, input_gate: Any, normalize: Any) -> float:
+    """The options of the cell itself; returns eps."""
+    _bool("normalize", normalize)
+    one_of("input_gate", input_gate, INPUT_GATES)
+    if not normalize and input_gate == "exponential":
+        raise ValueError("normalize: expected True with input_gate='exponential', whose states are scaled, got False")
+    return _number("eps", eps, minimum=0.0)
+
+
+def _head_dims(K: int, V: int) -> None:
+    for name, argument, size in (("K", "q", K), ("V", "v", V)):
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise ValueError(f"{argument}: expected 1 <= {name} <= {MAX_HEAD_DIM}, got {name} = {size}")
+
+
+def _input_dtypes(infos: Mapping[str, ArrayInfo]) -> None:
+    _dtype("q", infos["q"], INPUT_DTYPES)
+    for name in ("k", "v"):
+        _dtype(name, infos[name], INPUT_DTYPES)
+        if infos[name].dtype != infos["q"].dtype:
+            raise TypeError(f"{name}: expected the dtype of q, {infos['q'].dtype}, got {infos[name].dtype}")
+    for name in ("i", "f"):
+        _dtype(name, infos[name], GATE_DTYPES)
+
+
+def _one_device(infos: Mapping[str, ArrayInfo]) -> None:
+    for name, info in infos.items():
+        if info.device != infos["q"].device:
+            raise ValueError(f"{name}: expected the device of q, {infos['q'].device}, got {info.device}")
+
+
+def _state_m(name: str, info: ArrayInfo, head: tuple[int, int]) -> None:
+    if info.shape not in (head, (*head, 1)):
+        raise ValueError(f"{name}: expected shape (B, H) = {head} or (B, H, 1), got {info.shape}")
+
+
 def check_call(
     arrays: Mapping[str, ArrayInfo | None],
     *,
@@ -85,6 +126,7 @@ def check_call(
     save_states: bool = True,
     input_gate: str = "exponential",
     normalize: bool = True,
+    form: str = "chunkwise",
     strides: Mapping[str, Strides] | None = None,
 ) -> Problem:
     """The problem that valid arguments describe.
@@ -99,13 +141,8 @@ def check_call(
     one_of("precision", precision, PRECISIONS)
     one_of("backend", backend, BACKENDS)
     check_chunk_size(chunk_size)
-    for name, flag in (("save_states", save_states), ("normalize", normalize)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
-    one_of("input_gate", input_gate, INPUT_GATES)
-    if not normalize and input_gate == "exponential":
-        raise ValueError("normalize: expected True with input_gate='exponential', whose states are scaled, got False")
-    eps = _number("eps", eps, minimum=0.0)
+    _bool("save_states", save_states)
+    eps = _cell(eps, input_gate, normalize)
 
     infos = {name: info for name, info in arrays.items() if info is not None}
     symbols = "B, T, H" if layout == "bthd" else "B, H, T"
@@ -124,22 +161,13 @@ def check_call(
     for name, size in (("B", B), ("H", H), ("T", T)):
         if size < 1:
             raise ValueError(f"q: expected {name} >= 1, got {name} = {size} in shape {q.shape}")
-    for name, argument, size in (("K", "q", K), ("V", "v", V)):
-        if not 1 <= size <= MAX_HEAD_DIM:
-            raise ValueError(f"{argument}: expected 1 <= {name} <= {MAX_HEAD_DIM}, got {name} = {size}")
+    _head_dims(K, V)
     if layout == "bthd" and H * max(K, V) > MAX_TOKEN_STRIDE:
         raise ValueError(f"q, v: expected H * K and H * V <= {MAX_TOKEN_STRIDE} in layout 'bthd', got H = {H}")
     if T >= 2**31 - MAX_CHUNK:
         raise ValueError(f"q: expected T < 2**31 - {MAX_CHUNK}, got T = {T}")
 
-    _dtype("q", q, INPUT_DTYPES)
-    for name in ("k", "v"):
-        _dtype(name, infos[name], INPUT_DTYPES)
-        if infos[name].dtype != q.dtype:
-            raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {infos[name].dtype}")
-    for name in ("i", "f"):
-        _dtype(name, infos[name], GATE_DTYPES)
-
+    _input_dtypes(infos)
     given = [name for name in STATES if name in infos]
     if given and len(given) < len(STATES):
         missing = ", ".join(name for name in STATES if name not in infos)
@@ -147,15 +175,10 @@ def check_call(
     if given:
         _shape("c_initial", infos["c_initial"], "B, H, K, V", (B, H, K, V))
         _shape("n_initial", infos["n_initial"], "B, H, K", (B, H, K))
-        if infos["m_initial"].shape not in ((B, H), (B, H, 1)):
-            raise ValueError(
-                f"m_initial: expected shape (B, H) = {(B, H)} or (B, H, 1), got {infos['m_initial'].shape}"
-            )
+        _state_m("m_initial", infos["m_initial"], (B, H))
         for name in STATES:
             _dtype(name, infos[name], ("float32",))
-    for name, info in infos.items():
-        if info.device != q.device:
-            raise ValueError(f"{name}: expected the device of q, {q.device}, got {info.device}")
+    _one_device(infos)
 
     if strides is None:
         dims = {"q": K, "k": K, "v": V, "i": 1, "f": 1}
@@ -180,4 +203,72 @@ def check_call(
         save_states=save_states,
         input_gate=input_gate,
         normalize=normalize,
+        form=form,
+    )
+
+
+def check_step(
+    arrays: Mapping[str, ArrayInfo | None],
+    *,
+    eps: float,
+    qk_scale: float | None,
+    input_gate: str,
+    normalize: bool,
+    backend: str,
+    strides: Mapping[str, Strides] | None = None,
+) -> Problem:
+    """The problem of one token.
+
+    arrays: q, k (B, H, K), v (B, H, V), i, f (B, H); c, n, m; perhaps out_states[0], [1], [2]. strides and errors as of
+    `check_call`.
+    """
+    one_of("backend", backend, BACKENDS)
+    eps = _cell(eps, input_gate, normalize)
+    infos = {name: info for name, info in arrays.items() if info is not None}
+    for name, symbols in (("q", "B, H, K"), ("v", "B, H, V")):
+        if len(infos[name].shape) != 3:
+            raise ValueError(f"{name}: expected rank 3, ({symbols}), got shape {infos[name].shape}")
+    (B, H, K), V = infos["q"].shape, infos["v"].shape[2]
+    if min(B, H) < 1:
+        raise ValueError(f"q: expected B, H >= 1, got shape {infos['q'].shape}")
+    _head_dims(K, V)
+    _shape("k", infos["k"], "B, H, K", (B, H, K))
+    _shape("v", infos["v"], "B, H, V", (B, H, V))
+    _shape("i", infos["i"], "B, H", (B, H))
+    _shape("f", infos["f"], "B, H", (B, H))
+    _input_dtypes(infos)
+    for c, n, m in (("c", "n", "m"), tuple(f"out_states[{x}]" for x in range(3))):
+        if c not in infos:
+            continue
+        _shape(c, infos[c], "B, H, K, V", (B, H, K, V))
+        _shape(n, infos[n], "B, H, K", (B, H, K))
+        _state_m(m, infos[m], (B, H))
+        _dtype(c, infos[c], ("float32", "bfloat16") if c == "c" else (infos["c"].dtype,))
+        _dtype(n, infos[n], ("float32",))
+        _dtype(m, infos[m], ("float32",))
+    _one_device(infos)
+    if strides is None:
+        dims = {"q": K, "k": K, "v": V, "i": 1, "f": 1}
+        strides = {name: contiguous_strides(H, 1, D, "bhtd") for name, D in dims.items()}
+    return Problem(
+        B=B,
+        H=H,
+        T=1,
+        K=K,
+        V=V,
+        dtype=infos["q"].dtype,
+        i_dtype=infos["i"].dtype,
+        f_dtype=infos["f"].dtype,
+        strides=tuple(strides.items()),
+        layout="bhtd",
+        scale=K**-0.5 if qk_scale is None else _number("qk_scale", qk_scale),
+        eps=eps,
+        chunk_size=None,
+        normalizer_grad="exact",
+        precision="ieee",
+        has_initial=True,
+        input_gate=input_gate,
+        normalize=normalize,
+        form="recurrent",
+        c_dtype=infos["c"].dtype,
     )

@@ -31,6 +31,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "torch": frontend_torch.mlstm_chunkwise,
     "jax": frontend_jax.mlstm_chunkwise,
 }
+MODULES = {"torch": frontend_torch, "jax": frontend_jax}
 FRAMEWORKS = tuple(OPERATORS)
 Results = dict[str, np.ndarray]
 # Makes another function with the operator's arrays as keywords out of the operator.
@@ -134,8 +135,11 @@ def torch_results(function: Callable[..., Any], arrays: Mapping[str, Any], cotan
     """Outputs and gradients of torch tensors; a gradient that does not exist is zero."""
     leaves = {name: x.detach().requires_grad_() for name, x in arrays.items()}
     outputs = named(function(**leaves))
-    picked = [outputs[name] for name in cotangents]
-    gradients = torch.autograd.grad(picked, leaves.values(), cotangents.values(), allow_unused=True)
+    # The sigmoid gate's m_last is a constant 0, which by the reference depends on nothing.
+    picked = {name: outputs[name] for name in cotangents if outputs[name].requires_grad}
+    gradients = torch.autograd.grad(
+        list(picked.values()), leaves.values(), [cotangents[name] for name in picked], allow_unused=True
+    )
     results = {name: from_torch(x) for name, x in outputs.items()}
     for (name, x), gradient in zip(leaves.items(), gradients, strict=True):
         results[f"d{name}"] = from_torch(torch.zeros_like(x) if gradient is None else gradient)
@@ -149,9 +153,9 @@ def jax_results(function: Callable[..., Any], arrays: Mapping[str, Any], cotange
     return {name: np.asarray(x) for name, x in (outputs | {f"d{n}": x for n, x in gradients.items()}).items()}
 
 
-def run(framework: str, case: Case, backend: str, via: Via | None = None) -> Results:
+def run(framework: str, case: Case, backend: str, via: Via | None = None, operator: str = "mlstm_chunkwise") -> Results:
     """Outputs and gradients of a case."""
-    function = functools.partial(OPERATORS[framework], backend=backend, **case.options)
+    function = functools.partial(getattr(MODULES[framework], operator), backend=backend, **case.options)
     function = via(function) if via else function
     if framework == "torch":
         arrays, cotangents = ({n: to_torch(x) for n, x in group.items()} for group in (case.arrays, case.cotangents))

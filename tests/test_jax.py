@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frontend_jax import mlstm_chunkwise
+from frontend_jax import mlstm_chunkwise, mlstm_step
 from kernels_triton.backend import interpreting
-from tests.support import make_case
+from tests.support import LAST, make_case
 
 CASE = make_case(B=2, H=2, T=19, K=8, V=8, states=False, cotangents=("h",), chunk_size=16)
 ARRAYS = {name: jnp.asarray(x) for name, x in CASE.arrays.items()}
@@ -134,3 +134,18 @@ def test_shard_map(backend, inputs):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "agree 12\n"
+
+
+def test_donated_states(backend):
+    """The option changes where the state is, not what it is; differentiable too."""
+    case = make_case(T=1)
+    step = functools.partial(mlstm_step, backend=backend)
+    arrays = [jnp.asarray(x[:, :, 0] if n < 5 else x) for n, x in enumerate(case.arrays.values())]
+    h, want = jax.jit(step)(*arrays)
+    gradient = jax.grad(lambda c: step(*arrays[:5], c, *arrays[6:], donate_states=True)[0].sum())(arrays[5])
+    assert np.array_equal(gradient, jax.grad(lambda c: step(*arrays[:5], c, *arrays[6:])[0].sum())(arrays[5]))
+    donated = jax.jit(functools.partial(step, donate_states=True), donate_argnums=(5, 6, 7))
+    h_donated, got = donated(*arrays)
+    assert np.array_equal(h, h_donated)
+    for x, y, name in zip(got, want, LAST, strict=True):
+        assert np.array_equal(x, y), name

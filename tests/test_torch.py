@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from frontend_torch import mlstm_chunkwise
+from frontend_torch import mlstm_chunkwise, mlstm_step
 from tests.support import INPUTS, OUTPUTS, make_case, named, run, same_bits, to_torch
 
 SMALL = make_case(H=1, T=19, K=3, V=5, chunk_size=16)
@@ -102,3 +102,39 @@ def test_activation_checkpointing(backend):
     plain = torch.autograd.grad(layer(*leaves).sum(), leaves)
     h = torch.utils.checkpoint.checkpoint(layer, *leaves, use_reentrant=False)
     assert all(torch.equal(x, y) for x, y in zip(torch.autograd.grad(h.sum(), leaves), plain, strict=True))
+
+
+def _torch_step(case):
+    token = [to_torch(case.arrays[name][:, :, 0].copy()) for name in ("q", "k", "v", "i", "f")]
+    return token, [to_torch(case.arrays[f"{name}_initial"].copy()) for name in "cnm"]
+
+
+def test_out_states(backend):
+    """In place, into other memory, and into parts of one buffer: the same bits as new states."""
+    token, state = _torch_step(make_case(T=1, B=2))
+    h, want = mlstm_step(*token, *state, backend=backend)
+    others = tuple(torch.full_like(x, 7.0) for x in state)
+    both = tuple(torch.stack([x, x]) for x in state)
+    copies = tuple(x.clone() for x in state)
+    column = (*(x.clone() for x in state[:2]), state[2].clone()[..., None])
+    for read, out in (
+        (state, others),
+        (copies, copies),
+        ([x[0] for x in both], tuple(x[1] for x in both)),
+        (column, column),
+    ):
+        versions = [x._version for x in out]
+        h_out, got = mlstm_step(*token, *read, out_states=out, backend=backend)
+        assert all(x is y for x, y in zip(got, out, strict=True))
+        assert torch.equal(h, h_out) and all(torch.equal(x.view(y.shape), y) for x, y in zip(got, want, strict=True))
+        assert all(x._version > y for x, y in zip(out, versions, strict=True))  # autograd is told of the change
+    for name, bad, error in (
+        ("out_states: expected three", others[:2], ValueError),
+        (r"out_states\[0\]: expected shape", (others[1], others[1], others[2]), ValueError),
+        (r"out_states\[0\]: expected dtype float32", (others[0].bfloat16(), *others[1:]), TypeError),
+        (r"out_states\[1\]: expected a contiguous", (others[0], others[1].mT.contiguous().mT, others[2]), ValueError),
+    ):
+        with pytest.raises(error, match=name):
+            mlstm_step(*token, *state, out_states=bad, backend=backend)
+    with pytest.raises(ValueError, match="out_states: expected None while gradients are recorded"):
+        mlstm_step(token[0].requires_grad_(), *token[1:], *state, out_states=others, backend=backend)

@@ -39,7 +39,7 @@ def recurrent(
     NORMALIZE: tl.constexpr,
     BTHD: tl.constexpr,
 ):  # fmt: skip
-    """One program per head and tile of BV values; BK covers K. c_last may be c_initial: a program owns its tile of it."""
+    """One program per head and tile of BV values; BK covers K. c_last may be c_initial: each owns its tile."""
     NVT: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0).to(tl.int64)
     head = pid // NVT
@@ -59,12 +59,13 @@ def recurrent(
             b_n = load_vector(n_initial + head * K, o_k, K, BK)
     p_h, h_row = contiguous_rows(head, 0, T, H, V, BTHD)
 
-    for t in range(0, T):
-        b_q = load_vector(q + batch * q_sb + h_ * q_sh + t.to(tl.int64) * q_st, o_k, K, BK).to(tl.float32) * SCALE
-        b_k = load_vector(k + batch * k_sb + h_ * k_sh + t.to(tl.int64) * k_st, o_k, K, BK).to(tl.float32)
-        b_v = load_vector(v + batch * v_sb + h_ * v_sh + t.to(tl.int64) * v_st, o_v, V, BV).to(tl.float32)
-        log_i = tl.load(i + batch * i_sb + h_ * i_sh + t.to(tl.int64) * i_st).to(tl.float64)
-        log_f = log_forget(tl.load(f + batch * f_sb + h_ * f_sh + t.to(tl.int64) * f_st).to(tl.float64), False)
+    t = tl.full([], 0, tl.int64)
+    for _ in range(0, T):
+        b_q = load_vector(q + batch * q_sb + h_ * q_sh + t * q_st, o_k, K, BK).to(tl.float32) * SCALE
+        b_k = load_vector(k + batch * k_sb + h_ * k_sh + t * k_st, o_k, K, BK).to(tl.float32)
+        b_v = load_vector(v + batch * v_sb + h_ * v_sh + t * v_st, o_v, V, BV).to(tl.float32)
+        log_i = tl.load(i + batch * i_sb + h_ * i_sh + t * i_st).to(tl.float64)
+        log_f = log_forget(tl.load(f + batch * f_sb + h_ * f_sh + t * f_st).to(tl.float64), False)
         before = log_f + m.to(tl.float64)
         if SIGMOID:
             log_i = log_forget(log_i, False)
@@ -79,7 +80,8 @@ def recurrent(
         if NORMALIZE:
             b_n = b_n * keep + b_k
             b_h = b_h / (tl.maximum(tl.abs(tl.sum(b_n * b_q, 0)), tl.exp(-m)) + EPS)
-        store_vector(h + p_h + t.to(tl.int64) * h_row, cast(b_h, h.dtype.element_ty), o_v, V, BV)
+        store_vector(h + p_h + t * h_row, cast(b_h, h.dtype.element_ty), o_v, V, BV)
+        t += 1
 
     tl.store(c_last + o_c, cast(b_c, c_last.dtype.element_ty), mask=m_c)
     if vt == 0:

@@ -1,0 +1,191 @@
+"""The token-by-token forms for PyTorch: a short sequence, and one token of inference."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from kernels_triton.backend import choose_backend
+from kernels_triton.validation import check_step
+
+from .executor import run
+from .operator import (
+    NAMES,
+    Call,
+    States,
+    apply,
+    architecture_of,
+    call_key,
+    describe,
+    platform_of,
+    run_kernels,
+    run_reference,
+)
+
+STEP = ("q", "k", "v", "i", "f", "c", "n", "m")
+OUT = tuple(f"out_states[{x}]" for x in range(3))
+
+
+def mlstm_recurrent(
+    q: Float[Tensor, "B _ _ K"],
+    k: Float[Tensor, "B _ _ K"],
+    v: Float[Tensor, "B _ _ V"],
+    i: Float[Tensor, "B _ _"],
+    f: Float[Tensor, "B _ _"],
+    c_initial: Float32[Tensor, "B H K V"] | None = None,
+    n_initial: Float32[Tensor, "B H K"] | None = None,
+    m_initial: Float32[Tensor, "B H"] | Float32[Tensor, "B H 1"] | None = None,
+    return_last_states: bool = False,
+    eps: float = 1e-6,
+    *,
+    qk_scale: float | None = None,
+    normalizer_grad: Literal["exact", "detached"] = "exact",
+    layout: Literal["bhtd", "bthd"] = "bhtd",
+    precision: Literal["ieee", "tf32x3", "tf32"] = "ieee",
+    input_gate: Literal["exponential", "sigmoid"] = "exponential",
+    normalize: bool = True,
+    backend: Literal["triton", "interpret", "reference", "auto"] = "auto",
+) -> Float[Tensor, "B _ _ V"] | tuple[Float[Tensor, "B _ _ V"], States]:
+    """The mLSTM token by token in one kernel: for short sequences, and as a check of `mlstm_chunkwise`.
+
+    Arguments, results and errors as of `mlstm_chunkwise`, which takes this form by itself for up to 16 tokens without
+    gradients. The backward pass is that of the chunkwise form (precision: of its products).
+    """
+    options = {
+        "eps": eps,
+        "chunk_size": None,
+        "qk_scale": qk_scale,
+        "normalizer_grad": normalizer_grad,
+        "layout": layout,
+        "precision": precision,
+        "save_states": True,
+        "input_gate": input_gate,
+        "normalize": normalize,
+        "backend": backend,
+    }
+    h, last = apply((q, k, v, i, f, c_initial, n_initial, m_initial), return_last_states, options, "recurrent")
+    return (h, last) if return_last_states else h
+
+
+# Steps that are settled, by all that they depend on: their problem, their backend, and that they can be read in place.
+_settled: dict[Any, Call] = {}
+MAX_STEPS = 1024
+
+
+def _settle(
+    tensors: tuple[Tensor, ...], out_states: tuple[Tensor, ...], options: dict[str, Any], key: Any
+) -> tuple[Call, tuple[Tensor, ...]]:
+    """The checked call, and tensors that its kernel can read."""
+    infos = {name: describe(name, x) for name, x in zip(STEP, tensors, strict=True)}
+    infos |= {name: describe(name, x) for name, x in zip(OUT, out_states, strict=False)}
+    problem = check_step(infos, **options)
+    for name, x in zip(OUT, out_states, strict=False):
+        if not x.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {x.stride()}")
+    backend = choose_backend(options["backend"], platform_of(tensors[0]))
+    B, H = problem.B, problem.H
+    rows = tuple(x if n > 2 or x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous() for n, x in enumerate(tensors))
+    given = (*rows[:5], *(x.contiguous() for x in rows[5:]))
+    strides = tuple(
+        (name, (x.stride(0) if B > 1 else 0, x.stride(1) if H > 1 else 0, 0))
+        for name, x in zip(STEP[:5], given[:5], strict=True)
+    )
+    problem = dataclasses.replace(problem, strides=strides, arch=architecture_of(tensors[0].device))
+    call = Call(problem, backend, transposed=False)
+    if all(x is y for x, y in zip(given, tensors, strict=True)):
+        if len(_settled) >= MAX_STEPS:
+            _settled.clear()
+        _settled[key] = call
+    return call, given
+
+
+def _elsewhere(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors share no memory."""
+    return x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr()
+
+
+def mlstm_step(
+    q: Float[Tensor, "B H K"],
+    k: Float[Tensor, "B H K"],
+    v: Float[Tensor, "B H V"],
+    i: Float[Tensor, "B H"],
+    f: Float[Tensor, "B H"],
+    c: Float[Tensor, "B H K V"],
+    n: Float32[Tensor, "B H K"],
+    m: Float32[Tensor, "B H"] | Float32[Tensor, "B H 1"],
+    *,
+    eps: float = 1e-6,
+    qk_scale: float | None = None,
+    input_gate: Literal["exponential", "sigmoid"] = "exponential",
+    normalize: bool = True,
+    out_states: States | None = None,
+    backend: Literal["triton", "interpret", "reference", "auto"] = "auto",
+) -> tuple[Float[Tensor, "B H V"], States]:
+    """One token: h and the next state, in one kernel that reads the state once and writes it once.
+
+    Args:
+        q, k: (B, H, K); v: (B, H, V); i, f: pre-activations (B, H). Dtypes and other options as of `mlstm_chunkwise`.
+        c, n, m: the state, (B, H, K, V) float32 or bfloat16, (B, H, K) float32, (B, H) or (B, H, 1) float32; zeros
+            before the first token. A bfloat16 c is computed in float32 and rounded once per step.
+        out_states: contiguous tensors that take the next state, in the dtypes of c, n, m. They may be c, n, m
+            themselves (n and m then cost a copy each; two sets in turn cost none). Not while gradients are recorded.
+
+    Returns:
+        h (B, H, V) in the dtype of v, and the next (c, n, m): out_states themselves if given, else m of (B, H).
+
+    Differentiable; the backward pass is that of the chunkwise form. One launch and no synchronisation, so that a CUDA
+    graph can capture it.
+    """
+    tensors: tuple[Tensor, ...] = (q, k, v, i, f, c, n, m)
+    out = () if out_states is None else tuple(out_states)
+    if len(out) not in (0, 3):
+        raise ValueError(f"out_states: expected three tensors, c, n and m, got {len(out)}")
+    options = {
+        "eps": eps,
+        "qk_scale": qk_scale,
+        "input_gate": input_gate,
+        "normalize": normalize,
+        "backend": backend,
+    }
+    key = call_key((*tensors, *out), *options.values())
+    try:
+        call = _settled.get(key)
+    except TypeError:
+        call = None
+    if call is None:
+        call, tensors = _settle(tensors, out, options, key)
+    problem = call.problem
+    head = (problem.B, problem.H)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *out))
+    if recorded and out:
+        raise ValueError(
+            "out_states: expected None while gradients are recorded (torch.no_grad() stops it), got states"
+        )
+    tensors = (*tensors[:-1], tensors[-1].reshape(head))
+    if recorded or call.backend == "reference":
+        sequence = (*(x.unsqueeze(2) for x in tensors[:5]), *tensors[5:])
+        by_reference = call.backend == "reference"
+        h, last = run_reference(problem, sequence) if by_reference else run_kernels(call, sequence, last=True)
+        for x, y in zip(out, last, strict=False):
+            x.copy_(y.reshape(x.shape))
+        return h.squeeze(2), (out if out else last)  # type: ignore[return-value]
+
+    from kernels_triton import plan
+
+    env = dict(zip(NAMES, tensors, strict=True))
+    direct = {}
+    for name, x, y in zip(plan.LAST, out, tensors[5:], strict=False):
+        # A program writes the part of C that it has read; n and m are read by several.
+        if _elsewhere(x, y) or (name == "c_last" and x.data_ptr() == y.data_ptr()):
+            direct[name] = x.view(head) if name == "m_last" else x
+    results = run(plan.forward_pass(problem, False), env, call.backend, direct)
+    for name, x in zip(plan.LAST, out, strict=False):
+        if name in direct:
+            torch.autograd.graph.increment_version(x)
+        else:
+            x.copy_(results[name].view(x.shape))
+    return results["h"].squeeze(2), (out if out else tuple(results[name] for name in plan.LAST))  # type: ignore[return-value]
