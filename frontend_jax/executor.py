@@ -47,7 +47,7 @@ def launch_all(program: Pass, arrays: Mapping[str, jax.Array], compute_capabilit
     env = {name: arrays[name] for name in program.inputs}
     for launch in program.launches:
         operands: list[Any] = []
-        names = tuple(launch.operands)
+        names = [name for name, x in launch.operands.items() if isinstance(x, str)]  # aliases count arrays alone
         for x in launch.operands.values():
             if isinstance(x, Descriptor):
                 raise TypeError(f"{launch.name}: expected buffers and scalars, got a descriptor; jax-triton has none")
