@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int, Int32
 
-from kernels_triton import reference
+from kernels_triton import packing, reference
 from kernels_triton.backend import choose_backend
 from kernels_triton.problem import Problem, architecture
 from kernels_triton.validation import ArrayInfo, check_call
@@ -20,6 +21,7 @@ from .executor import run, varying
 
 States = tuple[Float32[Array, "B H K V"], Float32[Array, "B H K"], Float32[Array, "B H"]]
 NAMES = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial")
+PACKED = ("cu_seqlens", "chunks")  # for packed sequences: their offsets, their chunk table
 Arrays = dict[str, Array]
 
 
@@ -61,6 +63,7 @@ class Static:
     problem: Problem
     backend: str
     return_last_states: bool
+    integers: tuple[tuple[str, tuple[int, ...]], ...] = ()  # arrays without gradients: names and shapes
 
 
 def _outputs(static: Static, results: Arrays) -> Any:
@@ -96,7 +99,8 @@ def _backward(static: Static, saved: Arrays, cotangents: Any) -> tuple[Arrays]:
     else:
         env["dh"] = cotangents
     results = run(plan.backward_pass(static.problem, None, static.return_last_states), env, static.backend)
-    return ({name.removeprefix("d"): x for name, x in results.items()},)
+    gradients: dict[str, Any] = {name.removeprefix("d"): x for name, x in results.items()}
+    return (gradients | {name: np.zeros(shape, jax.dtypes.float0) for name, shape in static.integers},)
 
 
 kernels_call.defvjp(_forward, _backward)
@@ -109,7 +113,7 @@ def reference_call(static: Static, arrays: Arrays) -> Any:
     q, k, v, i, f = (arrays[name] for name in NAMES[:5])
     if problem.layout == "bthd":
         q, k, v, i, f = (x.swapaxes(1, 2) for x in (q, k, v, i, f))
-    head = (problem.B, problem.H)
+    head = problem.state_heads
     shapes = {"c_initial": (*head, problem.K, problem.V), "n_initial": (*head, problem.K), "m_initial": head}
     zeros = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
     given = {name: arrays[name].astype(jnp.float32) for name in zeros if name in arrays}
@@ -117,17 +121,21 @@ def reference_call(static: Static, arrays: Arrays) -> Any:
     cell: Any = reference.recurrent
     if problem.form == "chunkwise":
         cell = functools.partial(reference.chunkwise, chunk_size=problem.chunk_size or 64, scan=jax.lax.scan)
+    cell = functools.partial(
+        cell,
+        scale=problem.scale,
+        eps=problem.eps,
+        normalizer_grad=problem.normalizer_grad,
+        input_gate=problem.input_gate,
+        normalize=problem.normalize,
+        stop_gradient=jax.lax.stop_gradient,
+    )
+    tokens = [x.astype(jnp.float32) for x in (q, k, v, i, f)]
     with jax.default_matmul_precision("float32"):
-        h, last = cell(
-            *(x.astype(jnp.float32) for x in (q, k, v, i, f)),
-            *states,
-            scale=problem.scale,
-            eps=problem.eps,
-            normalizer_grad=problem.normalizer_grad,
-            input_gate=problem.input_gate,
-            normalize=problem.normalize,
-            stop_gradient=jax.lax.stop_gradient,
-        )
+        if problem.sequences:
+            h, last = packing.reference(cell, arrays["cu_seqlens"], tokens, tuple(states))
+        else:
+            h, last = cell(*tokens, *states)
     h = h.astype(v.dtype)
     h = h.swapaxes(1, 2) if problem.layout == "bthd" else h
     last = (last[0].astype(problem.c_dtype), *last[1:])
@@ -137,14 +145,17 @@ def reference_call(static: Static, arrays: Arrays) -> Any:
 def apply(
     given: tuple[Array | None, ...], return_last_states: bool, options: dict[str, Any], form: str = "chunkwise"
 ) -> Any:
-    """h, with the last states if they are asked for. given: by NAMES; options: of `check_call`."""
-    problem = check_call({name: describe(name, x) for name, x in zip(NAMES, given, strict=True)}, **options, form=form)
+    """h, with the last states if they are asked for. given: by NAMES, perhaps cu_seqlens and chunk_table after them; options: of `check_call`."""
+    infos = {name: describe(name, x) for name, x in zip((*NAMES, "cu_seqlens", "chunk_table"), given, strict=False)}
+    problem = check_call(infos, **options, form=form)
     q = given[0]
     problem = dataclasses.replace(problem, arch=architecture_of(q))
-    static = Static(problem, choose_backend(options["backend"], platform_of(q)), return_last_states)
-    arrays = varying({name: jnp.asarray(x) for name, x in zip(NAMES, given, strict=True) if x is not None})
+    names = (*NAMES, *PACKED)
+    arrays = varying({name: jnp.asarray(x) for name, x in zip(names, given, strict=False) if x is not None})
     if "m_initial" in arrays:
-        arrays["m_initial"] = arrays["m_initial"].reshape(problem.B, problem.H)
+        arrays["m_initial"] = arrays["m_initial"].reshape(problem.state_heads)
+    integers = tuple((name, arrays[name].shape) for name in PACKED if name in arrays)
+    static = Static(problem, choose_backend(options["backend"], platform_of(q)), return_last_states, integers)
     return (reference_call if static.backend == "reference" else kernels_call)(static, arrays)
 
 
@@ -168,6 +179,8 @@ def mlstm_chunkwise(
     save_states: bool = True,
     input_gate: Literal["exponential", "sigmoid"] = "exponential",
     normalize: bool = True,
+    cu_seqlens: Int[Array, " offsets"] | None = None,
+    chunk_table: Int32[Array, " table"] | None = None,
     backend: Literal["triton", "interpret", "reference", "auto"] = "auto",
 ) -> Float[Array, "B _ _ V"] | tuple[Float[Array, "B _ _ V"], States]:
     """The mLSTM over a whole sequence, chunk by chunk, differentiable in all eight arrays.
@@ -198,6 +211,11 @@ def mlstm_chunkwise(
             the initial state as ever).
         normalize: False, with the sigmoid gate only: h_t = C_t^T (s q_t). Then n is neither read nor computed: n_last
             is 0.
+        cu_seqlens: packed sequences, for B = 1 and layout "bthd": N + 1 offsets, int32 or int64; sequence s has tokens
+            cu_seqlens[s] to cu_seqlens[s + 1] - 1, perhaps none. States are (N, H, ...) then, one per sequence. Checked
+            where they are a NumPy array; elsewhere offsets that do not go from 0 to T, or go down, give wrong
+            results.
+        chunk_table: `make_chunk_table(cu_seqlens, T, chunk_size)`, for several calls; without it each makes its own.
         backend: "triton" (CUDA or ROCm device), "interpret" (the same kernels on a CPU under TRITON_INTERPRET=1, slow),
             "reference" (native operations, any device), "auto" (triton on a GPU, else reference).
 
@@ -221,4 +239,8 @@ def mlstm_chunkwise(
         "normalize": normalize,
         "backend": backend,
     }
-    return apply((q, k, v, i, f, c_initial, n_initial, m_initial), return_last_states, options)
+    offsets: Any = cu_seqlens
+    if isinstance(offsets, np.ndarray) and offsets.ndim == 1 and len(offsets) > 1 and len(q.shape) == 4:
+        packing.check_offsets(offsets.tolist(), q.shape[1])
+    arrays = (q, k, v, i, f, c_initial, n_initial, m_initial, cu_seqlens, chunk_table)
+    return apply(arrays, return_last_states, options)

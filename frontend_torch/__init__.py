@@ -1,6 +1,7 @@
 """The mLSTM operator for PyTorch."""
 
 from .operator import mlstm_chunkwise
+from .packing import cu_seqlens_from_document_ids, make_chunk_table
 from .recurrent import mlstm_recurrent, mlstm_step
 
-__all__ = ["mlstm_chunkwise", "mlstm_recurrent", "mlstm_step"]
+__all__ = ["cu_seqlens_from_document_ids", "make_chunk_table", "mlstm_chunkwise", "mlstm_recurrent", "mlstm_step"]

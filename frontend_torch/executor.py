@@ -69,9 +69,10 @@ def launch_one(
 def launch_all(program: Pass, tensors: Tensors, out: Tensors | None = None) -> dict[str, Tensor]:
     """Run every launch on the tensors' device; returns the pass's results by name. Never synchronises."""
     env = {name: tensors[name] for name in program.inputs}
-    device = env["q"].device
+    first = env[program.inputs[0]]
+    device = first.device
     aligned = all(x.data_ptr() % ALIGNMENT == 0 for x in (*env.values(), *(out or {}).values()))
-    with torch.cuda.device_of(env["q"]):
+    with torch.cuda.device_of(first):
         for launch, spent in zip(program.launches, program.spent, strict=True):
             launch_one(launch, env, device, aligned, out)
             for name in spent:

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int, Int32
 from torch import Tensor
 
-from kernels_triton import reference
+from kernels_triton import packing, reference
 from kernels_triton.backend import choose_backend
 from kernels_triton.problem import MAX_TOKEN_STRIDE, MIN_DESCRIPTORS, Problem, Strides, architecture, suits_descriptors
 from kernels_triton.validation import ArrayInfo, check_call
@@ -21,6 +21,8 @@ from .executor import ALIGNMENT, dtype_name, dtype_of, run
 
 States = tuple[Float32[Tensor, "B H K V"], Float32[Tensor, "B H K"], Float32[Tensor, "B H"]]
 NAMES = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial")
+PACKED = ("cu_seqlens", "chunks")  # for packed sequences: their offsets, their chunk table
+ARGUMENTS = (*NAMES, "cu_seqlens", "chunk_table")  # the tensors' names to their callers
 # "0": never through tensor descriptors; "1": wherever they may be had; else where they pay. The same bits.
 descriptors = os.environ.get("MLSTM_DESCRIPTORS", "")
 MAX_CALLS = 4096
@@ -100,12 +102,13 @@ class _Chunkwise(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         from kernels_triton import plan
 
-        env = {name: x for name, x in zip(NAMES, tensors, strict=True) if x is not None}
+        env = {name: x for name, x in zip((*NAMES, *PACKED), tensors, strict=False) if x is not None}
         results = run(plan.forward_pass(problem, save), env, backend)
         if not save:
             return tuple(results[name] for name in ("h", *plan.LAST))
         kept = plan.saved(problem, last)
         saved = {name: x for name, x in (env | results).items() if name in kept}
+        ctx.arguments = len(tensors)
         ctx.problem, ctx.backend, ctx.names, ctx.places = problem, backend, tuple(saved), _places(saved)
         ctx.save_for_backward(*saved.values())
         ctx.set_materialize_grads(False)
@@ -127,7 +130,7 @@ class _Chunkwise(torch.autograd.Function):
             env["dh"] = env["dh"].clone(memory_format=torch.contiguous_format)
         has_dlast = any(x is not None for x in dlast)
         if has_dlast:
-            head = (problem.B, problem.H)
+            head = problem.state_heads
             shapes = ((*head, problem.K, problem.V), (*head, problem.K), head)
             for name, shape, x in zip(plan.LAST, shapes, dlast, strict=True):
                 env[f"d{name}"] = env["q"].new_zeros(shape, dtype=torch.float32) if x is None else x.contiguous()
@@ -137,7 +140,8 @@ class _Chunkwise(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: a constant cotangent must not make the gradients look constant
             anchors = [x for x in env.values() if x.requires_grad]
             results = dict(zip(results, _FirstOnly.apply(len(anchors), *anchors, *results.values()), strict=True))
-        return (None, None, None, None, *(results.get(f"d{name}") for name in NAMES))
+        packed = (None,) * (ctx.arguments - len(NAMES))
+        return (None, None, None, None, *(results.get(f"d{name}") for name in NAMES), *packed)
 
 
 def _descriptors(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...]) -> bool:
@@ -156,12 +160,12 @@ def _suits(x: Tensor) -> bool:
 
 def run_reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, States]:
     """The readable reference in float32."""
-    q, k, v, i, f, *states = tensors
+    q, k, v, i, f, *states = tensors[:8]
     assert q is not None and k is not None and v is not None and i is not None and f is not None
     if problem.layout == "bthd":
         q, k, v, i, f = (x.transpose(1, 2) for x in (q, k, v, i, f))
     q, k, i, f = (x.to(torch.float32) for x in (q, k, i, f))
-    head = (problem.B, problem.H)
+    head = problem.state_heads
     shapes = ((*head, problem.K, problem.V), (*head, problem.K), head)
     c, n, m = (
         q.new_zeros(shape) if x is None else x.to(torch.float32) for shape, x in zip(shapes, states, strict=True)
@@ -169,8 +173,8 @@ def run_reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple
     cell: Any = reference.recurrent
     if problem.form == "chunkwise":
         cell = functools.partial(reference.chunkwise, chunk_size=problem.chunk_size or 64)
-    h, last = cell(
-        *(q, k, v.to(torch.float32), i, f, c, n, m),
+    cell = functools.partial(
+        cell,
         scale=problem.scale,
         eps=problem.eps,
         normalizer_grad=problem.normalizer_grad,
@@ -178,6 +182,11 @@ def run_reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple
         input_gate=problem.input_gate,
         normalize=problem.normalize,
     )
+    tokens = (q, k, v.to(torch.float32), i, f)
+    if problem.sequences:
+        h, last = packing.reference(cell, tensors[8], tokens, (c, n, m))
+    else:
+        h, last = cell(*tokens, c, n, m)
     h = h.to(v.dtype)
     return (h.transpose(1, 2) if problem.layout == "bthd" else h), (last[0].to(dtype_of(problem.c_dtype)), *last[1:])
 
@@ -253,26 +262,36 @@ def _remember(key: Any, call: Call) -> None:
     _calls[key] = call
 
 
+def host_checked(cu_seqlens: Tensor | None, q: Any) -> Tensor | None:
+    """Offsets on q's device; checked first where the host can read them without waiting for a GPU."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.device.type != "cpu" or not isinstance(q, Tensor):
+        return cu_seqlens
+    if cu_seqlens.dim() == 1 and len(cu_seqlens) > 1 and q.dim() == 4 and not cu_seqlens.is_floating_point():
+        packing.check_offsets(cu_seqlens.tolist(), q.shape[1])
+    return cu_seqlens.to(q.device, non_blocking=True)
+
+
 def apply(
     tensors: tuple[Tensor | None, ...], last: bool, options: dict[str, Any], form: str = "chunkwise"
 ) -> tuple[Tensor, States]:
-    """h and the last states. tensors: by NAMES; options: of `check_call`; last: the states may get cotangents."""
+    """h and the last states. tensors: by NAMES, perhaps by ARGUMENTS; options: of `check_call`; last: the states may get cotangents."""
     key = call_key(tensors, form, *options.values())
     call = _settled(key, tensors)
     if call is None:
-        infos = {name: describe(name, x) for name, x in zip(NAMES, tensors, strict=True)}
+        infos = {name: describe(name, x) for name, x in zip(ARGUMENTS, tensors, strict=False)}
         problem = check_call(infos, **options, form=form)
         q = tensors[0]
         assert q is not None
         backend = choose_backend(options["backend"], platform_of(q))
         if backend != "reference":
-            given, tensors = tensors, tuple(map(_readable, NAMES, tensors, [problem.layout] * len(NAMES)))
+            given = tensors
+            tensors = tuple(_readable(n, x, problem.layout) for n, x in zip(ARGUMENTS, tensors, strict=False))
             call = _settle(problem, backend, tensors)
             if all(x is y for x, y in zip(tensors, given, strict=True)) and _aligned(tensors):
                 _remember(key, call)
-    m = tensors[-1]
+    m = tensors[7]
     if m is not None:
-        tensors = (*tensors[:-1], m.reshape(m.shape[:2]))
+        tensors = (*tensors[:7], m.reshape(m.shape[:2]), *tensors[8:])
     return run_kernels(call, tensors, last) if call else run_reference(problem, tensors)
 
 
@@ -296,6 +315,8 @@ def mlstm_chunkwise(
     save_states: bool = True,
     input_gate: Literal["exponential", "sigmoid"] = "exponential",
     normalize: bool = True,
+    cu_seqlens: Int[Tensor, " offsets"] | None = None,
+    chunk_table: Int32[Tensor, " table"] | None = None,
     backend: Literal["triton", "interpret", "reference", "auto"] = "auto",
 ) -> Float[Tensor, "B _ _ V"] | tuple[Float[Tensor, "B _ _ V"], States]:
     """The mLSTM over a whole sequence, chunk by chunk, differentiable in all eight arrays.
@@ -326,6 +347,11 @@ def mlstm_chunkwise(
             the initial state as ever).
         normalize: False, with the sigmoid gate only: h_t = C_t^T (s q_t). Then n is neither read nor computed: n_last
             is 0.
+        cu_seqlens: packed sequences, for B = 1 and layout "bthd": N + 1 offsets, int32 or int64; sequence s has tokens
+            cu_seqlens[s] to cu_seqlens[s + 1] - 1, perhaps none. States are (N, H, ...) then, one per sequence. Checked
+            where they are on the host; elsewhere offsets that do not go from 0 to T, or go down, give wrong
+            results.
+        chunk_table: `make_chunk_table(cu_seqlens, T, chunk_size)`, for several calls; without it each makes its own.
         backend: "triton" (CUDA or ROCm device), "interpret" (the same kernels on a CPU under TRITON_INTERPRET=1, slow),
             "reference" (native operations, any device), "auto" (triton on a GPU, else reference).
 
@@ -347,5 +373,6 @@ def mlstm_chunkwise(
         "normalize": normalize,
         "backend": backend,
     }
-    h, last = apply((q, k, v, i, f, c_initial, n_initial, m_initial), return_last_states, options)
+    tensors = (q, k, v, i, f, c_initial, n_initial, m_initial, host_checked(cu_seqlens, q), chunk_table)
+    h, last = apply(tensors, return_last_states, options)
     return (h, last) if return_last_states else h

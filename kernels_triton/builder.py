@@ -25,8 +25,11 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
 
     @property
     def split_gates(self) -> bool:
-        """Few heads, and more chunks than one program takes at a time: the gates take two launches then."""
-        return self.heads < MANY_HEADS // 2 and self.NT > self.G
+        """Few heads, and more chunks than one program takes at a time: the gates take two launches then.
+
+        Packed sequences are many heads: each takes its own program, with the same bits.
+        """
+        return not self.packed and self.heads < MANY_HEADS // 2 and self.NT > self.G
 
     def gates_sums(self) -> Launch:
         """Prefix sums inside the chunks."""
@@ -69,7 +72,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 "m_token": m_token,
                 "m_chunk_given": m_chunk,
                 **{name: name if split else None for name in ("sums", "totals", "tokens")},
-                "T": p.T,
+                **self.packing,
             },
             {
                 **{name: (name, Spec(self.rows, "float32")) for name in GATES[:4]},
@@ -77,10 +80,10 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 "floor": ("floor", Spec(self.rows, "float32")),
                 "m": ("m", Spec((*head, p.T), "float32")),
                 "m_chunk": ("m_chunk", Spec((*head, self.NT + 1), "float32")),
-                "m_last": ("m_last", Spec(head, "float32")),
-                "picked": ("picked", Spec(head, "int32")),
+                "m_last": ("m_last", Spec(p.state_heads, "float32")),
+                "picked": ("picked", Spec(p.state_heads, "int32")),
             },
-            self.heads * (cdiv(self.NT, self.G) if split else 1),
+            self.heads * cdiv(self.NT, self.G) if split else self.all_heads,
             Tile(0, 0, 0, 0, num_warps=4, num_stages=1),
             G=self.G,
             HAS_INITIAL=p.has_initial,
@@ -89,6 +92,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
             M_GIVEN=m_token is not None,
             SPLIT=split,
             SIGMOID=self.sigmoid,
+            PACKED=self.packed,
         )
 
     def outputs(self, store_d: bool = False) -> Launch:
@@ -102,7 +106,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 **{name: name for name in (*GATES, "floor")},
                 "states": self._states(tile, "states"),
                 "norms": "norms" if p.normalize else None,
-                "T": p.T,
+                **self.packing,
             },
             {
                 "h": ("h", self._token_spec(p.V, p.dtype)),
@@ -120,6 +124,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
             STORE_D=store_d,
             NORMALIZE=p.normalize,
             BTHD=p.layout == "bthd",
+            PACKED=self.packed,
             SOURCE=self.source(tile),
             **self.arithmetic,
         )
@@ -140,7 +145,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 "r": given or ("r" if p.normalize else None),
                 "floor": "floor" if p.normalize and not given else None,
                 **self._gates_backward(*GATES[2:]),
-                "T": p.T,
+                **self.packing,
             },
             {name: (name, Spec(self.rows, "float32")) for name in NORMALISER},
             self.heads * self.NT * (self.L // tile.BT),
@@ -154,6 +159,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
             NORMALIZE=p.normalize,
             D_GIVEN=given is not None,
             BTHD=p.layout == "bthd",
+            PACKED=self.packed,
             PAIRS=self.pairs,
         )
 
@@ -173,7 +179,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 "norms": "norms" if norms else None,
                 "dstates": self._states(tile, "dstates"),
                 "dnorms": "dnorms" if norms else None,
-                "T": p.T,
+                **self.packing,
             },
             {
                 "dq": ("dq", self._token_spec(p.K, p.dtype)),
@@ -193,6 +199,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
             HAS_NORMS=norms,
             HAS_INNER=inner,
             BTHD=p.layout == "bthd",
+            PACKED=self.packed,
             PAIRS=self.pairs,
             SOURCE=self.source(tile),
             **self.arithmetic,
@@ -216,12 +223,12 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 "outer": "outer",
                 "dm_last": "dm_last" if has_dm_last else None,
                 "picked": "picked",
-                "T": p.T,
+                **self.packing,
             },
             {
                 "di": ("di", self._token_spec(None, p.i_dtype)),
                 "df": ("df", self._token_spec(None, p.f_dtype)),
-                "dm_initial": ("dm_initial", Spec((p.B, p.H), "float32")),
+                "dm_initial": ("dm_initial", Spec(p.state_heads, "float32")),
             },
             self.heads * self.NT,
             Tile(0, 0, 0, 0, num_warps=max(1, min(4, self.L // 32)), num_stages=1),
@@ -232,4 +239,5 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
             HAS_DM_LAST=has_dm_last,
             SIGMOID=self.sigmoid,
             BTHD=p.layout == "bthd",
+            PACKED=self.packed,
         )

@@ -14,7 +14,6 @@ class FusedBuilder(LaunchBuilder):
         """h, the last state and, to save, the chunk-start states, for small heads."""
         p, tile = self.p, self.config.fused
         assert tile is not None
-        head = (p.B, p.H)
         tokens, unit = self._tokens(tile, ("q", "q"), ("k", "k"), ("v", "v"))
         return self._launch(
             fused_forward,
@@ -23,7 +22,7 @@ class FusedBuilder(LaunchBuilder):
                 **{name: name for name in (*GATES, "floor")},
                 "c_initial": "c_initial" if p.has_initial else None,
                 "n_initial": "n_initial" if p.has_initial and p.normalize else None,
-                "T": p.T,
+                **self.packing,
             },
             {
                 "h": ("h", self._token_spec(p.V, p.dtype)),
@@ -32,10 +31,10 @@ class FusedBuilder(LaunchBuilder):
                 "norms": ("norms", self.norms_spec)
                 if save and p.normalize
                 else ("unused_norms", Spec((1,), "float32")),
-                "c_last": ("c_last", Spec((*head, p.K, p.V), "float32")),
-                "n_last": ("n_last", Spec((*head, p.K), "float32")),
+                "c_last": ("c_last", Spec((*p.state_heads, p.K, p.V), "float32")),
+                "n_last": ("n_last", Spec((*p.state_heads, p.K), "float32")),
             },
-            self.heads,
+            self.all_heads,
             tile,
             "BK BV",
             K=p.K,
@@ -47,6 +46,7 @@ class FusedBuilder(LaunchBuilder):
             SAVE=save,
             NORMALIZE=p.normalize,
             BTHD=p.layout == "bthd",
+            PACKED=self.packed,
             SOURCE=self.source(tile),
             **self.arithmetic,
         )
@@ -75,7 +75,7 @@ class FusedBuilder(LaunchBuilder):
                 "norms": "norms" if norms else None,
                 **{name: given(name, has_dlast) for name in last},
                 **{name: given(name, p.has_initial) for name in ("c_initial", "n_initial")},
-                "T": p.T,
+                **self.packing,
             },
             {
                 "dq": ("dq", self._token_spec(p.K, p.dtype)),
@@ -84,11 +84,11 @@ class FusedBuilder(LaunchBuilder):
                 "rows": ("row_sums", Spec((*head, 2, self.NT * self.L), "float32")),
                 "cols": ("col_sums", Spec((*head, 2, self.NT * self.L), "float32")),
                 "inner": ("inner", Spec((*head, 1, self.NT), "float32")),
-                "outer": ("outer", Spec((*head, 1, 2), "float32")),
-                "dc_initial": ("dc_initial", Spec((*head, p.K, p.V), p.c_dtype)),
-                "dn_initial": ("dn_initial", Spec((*head, p.K), "float32")),
+                "outer": ("outer", Spec((*p.state_heads, 1, 2), "float32")),
+                "dc_initial": ("dc_initial", Spec((*p.state_heads, p.K, p.V), p.c_dtype)),
+                "dn_initial": ("dn_initial", Spec((*p.state_heads, p.K), "float32")),
             },
-            self.heads,
+            self.all_heads,
             tile,
             "BK BV",
             K=p.K,
@@ -99,6 +99,7 @@ class FusedBuilder(LaunchBuilder):
             HAS_INITIAL=p.has_initial,
             HAS_NORMS=norms,
             BTHD=p.layout == "bthd",
+            PACKED=self.packed,
             PAIRS=self.pairs,
             SOURCE=self.source(tile),
             **self.arithmetic,

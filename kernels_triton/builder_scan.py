@@ -21,15 +21,20 @@ class ScanBuilder(LaunchBuilder):
         tile = self.config.dstate if backward else self.config.state
         return cdiv(self.p.K, tile.BK) * cdiv(self.p.V, tile.BV)
 
+    def _most(self, backward: bool) -> int:
+        """Into how many segments a scan may be cut: as many as make PROGRAMS programs."""
+        return min(MAX_SEGMENTS, PROGRAMS // (self.heads * self._tiles(backward)))
+
     def segments(self, backward: bool) -> int:
-        """Into how many segments the scan is cut: as many as make PROGRAMS programs, of four chunks or more.
+        """Into how many segments the scan is cut: `_most`, of four chunks or more; packed sequences each by its length.
 
         As the gates' kernel, only from so many chunks on: of other lengths there are two plans then, not three.
         """
-        most = min(MAX_SEGMENTS, self.NT // 4, PROGRAMS // (self.heads * self._tiles(backward)))
-        if self.NT <= self.G:
+        NT, most = cdiv(self.p.T, self.L), self._most(backward)
+        most = most if self.packed else min(most, NT // 4)
+        if NT <= self.G or most <= 1:
             return 1
-        return cdiv(self.NT, cdiv(self.NT, most)) if most > 1 else 1
+        return most if self.packed else cdiv(NT, cdiv(NT, most))
 
     def _scan(
         self,
@@ -55,17 +60,20 @@ class ScanBuilder(LaunchBuilder):
                 "gamma": "gamma",
                 **operands,
                 **{name: name if segments.value == FOLLOW.value else None for name in SUMS},
-                "segment": cdiv(self.NT, count) if count > 1 else 0,
-                "T": p.T,
+                "segment": cdiv(self.NT, count) if count > 1 and not self.packed else 0,
+                **self.packing,
             },
             outputs,
-            self.heads * self._tiles(backward) * programs,
+            self.all_heads * self._tiles(backward) * programs,
             tile,
             "BT BK BV",
             K=p.K,
             V=p.V,
             UNIT=unit,
             SEGMENTS=segments.value,
+            MOST=count if self.packed else 1,
+            UNCUT=self.G,
+            PACKED=self.packed,
             PAIRS=self.pairs,
             BACKWARD=backward,
             SOURCE=self.source(tile),
@@ -82,7 +90,7 @@ class ScanBuilder(LaunchBuilder):
         **flags: bool,
     ) -> tuple[Launch, ...]:
         """names: of the outputs' buffers."""
-        p, head = self.p, (self.p.B, self.p.H)
+        p, head = self.p, self.p.state_heads
         count = self.segments(backward)
         shapes = (
             self.states_spec,
@@ -95,12 +103,14 @@ class ScanBuilder(LaunchBuilder):
         outputs = {x: (name, shape) for x, name, shape in zip(parameters, names, shapes, strict=True)}
         if count == 1:
             return (self._scan(backward, ONE, operands, outputs, **flags),)
+        # Of packed sequences a segment's place follows from its first chunk: of those kept none has fewer than four.
+        of = (p.H, self.NT // 4 + 1) if self.packed else (*head, count - 1)
         sums = (
             ("unused_states", Spec((1,), self.state_dtype)),
             ("unused_norms", Spec((1,), "float32")),
-            (SUMS[0], Spec((*head, count - 1, p.K, p.V), "float32")),
-            (SUMS[1], Spec((*head, count - 1, p.K), "float32")),
-            (SUMS[2], Spec((*head, count - 1), "float32")),
+            (SUMS[0], Spec((*of, p.K, p.V), "float32")),
+            (SUMS[1], Spec((*of, p.K), "float32")),
+            (SUMS[2], Spec(of, "float32")),
         )
         nothing, no_flags = dict.fromkeys(operands), dict.fromkeys(flags, False) | {"HAS_NORMS": flags["HAS_NORMS"]}
         return (

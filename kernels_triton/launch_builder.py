@@ -8,6 +8,7 @@ from typing import Any
 
 from .config import Config, Tile, configure
 from .launch import Descriptor, Launch, Operand, Spec
+from .packing import packed_chunks
 from .problem import Problem, Strides
 
 # Buffers that the gates' kernel makes and most others read.
@@ -28,8 +29,10 @@ class LaunchBuilder:
         self.p = problem
         self.config = config or configure(problem)
         self.heads = problem.B * problem.H
+        self.all_heads = math.prod(problem.state_heads)  # of packed sequences each sequence's
         self.L = self.config.L
-        self.NT = cdiv(problem.T, self.L)
+        self.packed = problem.sequences > 0
+        self.NT = packed_chunks(problem.T, problem.sequences, self.L) if self.packed else cdiv(problem.T, self.L)
         self.G = max(1, min(32, self.config.gates // self.L))  # chunks that the gates' kernels take at a time
         self.rows = (problem.B, problem.H, self.NT * self.L)
         self.strides: dict[str, Strides] = dict(problem.strides)
@@ -53,6 +56,11 @@ class LaunchBuilder:
     def _gates_backward(self, *names: str) -> dict[str, str | None]:
         """The operands `names` that the gates' kernel made, the low parts of pairs only where they are needed."""
         return {name: name if self.pairs or not name.endswith("_low") else None for name in names}
+
+    @property
+    def packing(self) -> dict[str, Operand | None]:
+        """The operands that say where chunks are, T last."""
+        return {"chunks": "chunks" if self.packed else None, "sequences": self.p.sequences, "T": self.p.T}
 
     @property
     def states_spec(self) -> Spec:

@@ -8,6 +8,7 @@ from .builder import Builder
 from .config import Config
 from .launch import Launch, Pass
 from .launch_builder import GATES
+from .packing import chunk_table
 from .problem import SHORT, Problem, Strides, contiguous_strides
 
 INITIAL = ("c_initial", "n_initial", "m_initial")
@@ -27,17 +28,19 @@ def _saved(b: Builder) -> tuple[str, ...]:
 
 def _is_recurrent(problem: Problem, save: bool) -> bool:
     """Token by token: asked for, or a short sequence without gradients, where chunks do not pay."""
-    short = problem.T <= SHORT and problem.chunk_size is None and not save
+    short = problem.T <= SHORT and problem.chunk_size is None and not save and not problem.sequences
     return problem.form == "recurrent" or short
 
 
 def _inputs(problem: Problem) -> tuple[str, ...]:
-    return ("q", "k", "v", "i", "f", *(INITIAL if problem.has_initial else ()))
+    packed = ("chunks" if problem.has_table else "cu_seqlens",) if problem.sequences else ()
+    return ("q", "k", "v", "i", "f", *(INITIAL if problem.has_initial else ()), *packed)
 
 
 def _forward(b: Builder, save: bool) -> list[Launch]:
     """The chunkwise launches. save: with the chunk-start states."""
-    launches = [b.gates_sums()] if b.split_gates else []
+    launches = [chunk_table(b.p.T, b.p.sequences, b.L)] if b.packed and not b.p.has_table else []
+    launches += [b.gates_sums()] if b.split_gates else []
     launches.append(b.gates(split=b.split_gates))
     return launches + ([b.fused_forward(save)] if b.config.fused else [*b.state_forward(), b.outputs()])
 
@@ -51,7 +54,8 @@ def forward_pass(problem: Problem, save: bool = True, config: Config | None = No
     b = Builder(problem, config)
     if _is_recurrent(problem, save):
         return Pass((b.recurrent(),), _inputs(problem), ("h", *LAST))
-    results = dict.fromkeys(("h", *LAST, *(_saved(b) if save else ())))
+    table = ("chunks",) if b.packed and not problem.has_table else ()
+    results = dict.fromkeys(("h", *LAST, *((*table, *_saved(b)) if save else ())))
     return Pass(tuple(_forward(b, save and problem.save_states)), _inputs(problem), tuple(results))
 
 

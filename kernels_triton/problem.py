@@ -19,6 +19,7 @@ MAX_TOKEN_STRIDE = 2**31 // MAX_CHUNK - 1
 MIN_DESCRIPTORS = 2**27
 INPUT_DTYPES = ("float32", "bfloat16", "float16")
 GATE_DTYPES = (*INPUT_DTYPES, "float64")
+OFFSET_DTYPES = ("int32", "int64")
 LAYOUTS = ("bhtd", "bthd")
 NORMALIZER_GRADS = ("exact", "detached")
 INPUT_GATES = ("exponential", "sigmoid")
@@ -65,6 +66,8 @@ class Problem:
     normalize: bool = True
     form: str = "chunkwise"  # or "recurrent": token by token
     c_dtype: str = "float32"  # of the recurrent form's C, before and after
+    sequences: int = 0  # packed ones; 0: the batch is B sequences of T tokens
+    has_table: bool = False  # the packed sequences' chunk table is given
     donate: bool = False  # C is written where it was read, in JAX: for a donated array
     descriptors: bool = False  # read q, k, v and states through tensor descriptors: the same bits, sooner
 
@@ -72,6 +75,11 @@ class Problem:
     def exact(self) -> bool:
         """Whether gradients flow through a normaliser."""
         return self.normalize and self.normalizer_grad == "exact"
+
+    @property
+    def state_heads(self) -> tuple[int, int]:
+        """The leading axes of initial and last states."""
+        return (self.sequences or self.B, self.H)
 
     def stride(self, name: str) -> Strides:
         return dict(self.strides)[name]

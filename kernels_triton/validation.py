@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .packing import table_size
 from .problem import (
     BACKENDS,
     GATE_DTYPES,
@@ -19,6 +20,7 @@ from .problem import (
     MAX_TOKEN_STRIDE,
     MIN_CHUNK,
     NORMALIZER_GRADS,
+    OFFSET_DTYPES,
     PRECISIONS,
     Problem,
     Strides,
@@ -108,9 +110,34 @@ def _one_device(infos: Mapping[str, ArrayInfo]) -> None:
             raise ValueError(f"{name}: expected the device of q, {infos['q'].device}, got {info.device}")
 
 
-def _state_m(name: str, info: ArrayInfo, head: tuple[int, int]) -> None:
+def _state_m(name: str, info: ArrayInfo, head: tuple[int, int], first: str = "B") -> None:
     if info.shape not in (head, (*head, 1)):
-        raise ValueError(f"{name}: expected shape (B, H) = {head} or (B, H, 1), got {info.shape}")
+        raise ValueError(f"{name}: expected shape ({first}, H) = {head} or ({first}, H, 1), got {info.shape}")
+
+
+def _packed(infos: Mapping[str, ArrayInfo], layout: str, B: int, T: int, chunk_size: int | None) -> int:
+    """The number of packed sequences; 0 where the batch is none."""
+    table = infos.get("chunk_table")
+    if "cu_seqlens" not in infos:
+        if table is not None:
+            raise ValueError("chunk_table: expected None without cu_seqlens, got a table")
+        return 0
+    offsets = infos["cu_seqlens"]
+    if len(offsets.shape) != 1 or offsets.shape[0] < 2:
+        raise ValueError(f"cu_seqlens: expected shape (N + 1,) of N >= 1 sequences, got {offsets.shape}")
+    _dtype("cu_seqlens", offsets, OFFSET_DTYPES)
+    if layout != "bthd":
+        raise ValueError(f"layout: expected 'bthd' with cu_seqlens, got {layout!r}")
+    if B != 1:
+        raise ValueError(f"q: expected B = 1 with cu_seqlens, got B = {B}")
+    sequences = offsets.shape[0] - 1
+    if table is not None:
+        if chunk_size is None:
+            raise ValueError("chunk_size: expected that of the chunk_table, got None")
+        size = table_size(T, sequences, min(chunk_size, LONGEST_CHUNK))
+        _shape("chunk_table", table, "3 * (T // chunk_size + N) + N + 1", (size,))
+        _dtype("chunk_table", table, ("int32",))
+    return sequences
 
 
 def check_call(
@@ -131,7 +158,7 @@ def check_call(
 ) -> Problem:
     """The problem that valid arguments describe.
 
-    arrays: q, k, v, i, f and the three initial states (None where absent). strides: (batch, head, token) strides in
+    arrays: q, k, v, i, f, the three initial states, cu_seqlens and chunk_table (None where absent). strides: (batch, head, token) strides in
     elements of q, k, v, i, f; contiguous in `layout` if None.
     Raises TypeError (kind of value, dtype) or ValueError (rank, shape, option, device, missing state), with the
     argument's name, what was expected and what came.
@@ -172,10 +199,12 @@ def check_call(
     if given and len(given) < len(STATES):
         missing = ", ".join(name for name in STATES if name not in infos)
         raise ValueError(f"{missing}: expected all of {', '.join(STATES)} or none, got only {', '.join(given)}")
+    sequences = _packed(infos, layout, B, T, chunk_size)
     if given:
-        _shape("c_initial", infos["c_initial"], "B, H, K, V", (B, H, K, V))
-        _shape("n_initial", infos["n_initial"], "B, H, K", (B, H, K))
-        _state_m("m_initial", infos["m_initial"], (B, H))
+        N, symbol = (sequences, "N") if sequences else (B, "B")
+        _shape("c_initial", infos["c_initial"], f"{symbol}, H, K, V", (N, H, K, V))
+        _shape("n_initial", infos["n_initial"], f"{symbol}, H, K", (N, H, K))
+        _state_m("m_initial", infos["m_initial"], (N, H), symbol)
         for name in STATES:
             _dtype(name, infos[name], ("float32",))
     _one_device(infos)
@@ -204,7 +233,21 @@ def check_call(
         input_gate=input_gate,
         normalize=normalize,
         form=form,
+        sequences=sequences,
+        has_table="chunk_table" in infos,
     )
+
+
+def check_table(cu_seqlens: ArrayInfo | None, T: int, chunk_size: int) -> tuple[int, int]:
+    """The length of chunks, and the number of sequences, of a chunk table."""
+    check_chunk_size(chunk_size)
+    if chunk_size is None or isinstance(T, bool) or not isinstance(T, int) or T < 1:
+        raise ValueError(f"T, chunk_size: expected a length >= 1 and a chunk size, got {T!r} and {chunk_size!r}")
+    infos = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+    sequences = _packed(infos, "bthd", 1, T, chunk_size)
+    if not sequences:
+        raise TypeError("cu_seqlens: expected an array, got None")
+    return min(chunk_size, LONGEST_CHUNK), sequences
 
 
 def check_step(

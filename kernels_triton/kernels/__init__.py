@@ -6,12 +6,14 @@ from .fused import fused_backward, fused_forward
 from .gates import gates_forward, gates_sums
 from .gates_backward import gates_backward
 from .normaliser import normaliser_backward
+from .packing import chunk_table
 from .recurrent import recurrent
 from .state import state_scan
 
 __all__ = [
     "chunk_backward",
     "chunk_forward",
+    "chunk_table",
     "fused_backward",
     "fused_forward",
     "gates_backward",

@@ -11,6 +11,7 @@ from .common import (
     token_view,
 )
 from .keys_backward import keys_values_backward
+from .packing import chunk_count, chunk_span
 from .queries_backward import queries_backward
 
 
@@ -39,7 +40,8 @@ def _state_product(
 
 @triton.jit(
     do_not_specialize_on_alignment=[
-        "q_sb", "q_sh", "q_st", "k_sb", "k_sh", "k_st", "v_sb", "v_sh", "v_st", "dh_sb", "dh_sh", "dh_st", "T",
+        "q_sb", "q_sh", "q_st", "k_sb", "k_sh", "k_st", "v_sb", "v_sh", "v_st", "dh_sb", "dh_sh", "dh_st",
+        "sequences", "T",
     ],
 )  # fmt: skip
 def chunk_backward(
@@ -59,6 +61,8 @@ def chunk_backward(
     norms,  # (B, H, NT, K) n, if HAS_NORMS
     dstates,  # (B, H, NT, K, V) dC'
     dnorms,  # (B, H, NT, K) dn', if HAS_NORMS
+    chunks,  # of packed sequences: see packing.py
+    sequences,  # likewise: how many; else 0
     T,
     dq,  # (B, H, T, K) or (B, T, H, K)
     dk,  # likewise
@@ -79,6 +83,7 @@ def chunk_backward(
     HAS_NORMS: tl.constexpr,
     HAS_INNER: tl.constexpr,
     BTHD: tl.constexpr,
+    PACKED: tl.constexpr,
     PAIRS: tl.constexpr,
     SOURCE: tl.constexpr,
     BF16: tl.constexpr,
@@ -94,7 +99,7 @@ def chunk_backward(
     NKT: tl.constexpr = (K + BK - 1) // BK
     NRT: tl.constexpr = L // BT
     pid = tl.program_id(0).to(tl.int64)
-    n_chunks = tl.cdiv(T, L)
+    n_chunks = chunk_count(T, sequences, L, PACKED)
     padded = n_chunks.to(tl.int64) * L
     key_tile = (pid % NKT).to(tl.int32)
     role = ((pid // NKT) % (2 * NRT)).to(tl.int32)
@@ -102,26 +107,29 @@ def chunk_backward(
     head = pid // (n_chunks.to(tl.int64) * (2 * NRT * NKT))
 
     # All tokens are counted from the chunk's start from here on.
-    t = n * L
-    q_view = token_view(q, q_sb, q_sh, q_st, head, t, T, H, UNIT, SOURCE)
-    k_view = token_view(k, k_sb, k_sh, k_st, head, t, T, H, UNIT, SOURCE)
-    v_view = token_view(v, v_sb, v_sh, v_st, head, t, T, H, UNIT, SOURCE)
-    dh_view = token_view(dh, dh_sb, dh_sh, dh_st, head, t, T, H, UNIT, SOURCE)
+    t, length, end = chunk_span(chunks, n, n_chunks, T, L, PACKED)
+    q_view = token_view(q, q_sb, q_sh, q_st, head, t, end, H, UNIT, SOURCE)
+    k_view = token_view(k, k_sb, k_sh, k_st, head, t, end, H, UNIT, SOURCE)
+    v_view = token_view(v, v_sb, v_sh, v_st, head, t, end, H, UNIT, SOURCE)
+    dh_view = token_view(dh, dh_sb, dh_sh, dh_st, head, t, end, H, UNIT, SOURCE)
     o_dk, dk_row = contiguous_rows(head, t, T, H, K, BTHD)
     o_dv, dv_row = contiguous_rows(head, t, T, H, V, BTHD)
-    o_row = head * padded + t
-    o_sums = (head * 2 * NKT + 2 * key_tile) * padded + t
+    o_row = head * padded + n * L
+    o_sums = (head * 2 * NKT + 2 * key_tile) * padded + n * L
     o_chunk = head * n_chunks + n
     state = state_view(states, o_chunk, K, V, SOURCE)
     p_norm = norms + o_chunk * K
     dstate = state_view(dstates, o_chunk, K, V, SOURCE)
     p_dnorm = dnorms + o_chunk * K
+    if PACKED:
+        if length <= 0:
+            return
     for tile in tl.static_range(NRT):
         if role == tile:
             queries_backward(
                 q_view, k_view, v_view, dh_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row,
                 d_inverse + o_row, delta + o_row, state_inverse + o_row, state_delta + o_row, state, p_norm,
-                dq + o_dk, dk_row, rows + o_sums, T - t, key_tile, padded,
+                dq + o_dk, dk_row, rows + o_sums, length, key_tile, padded,
                 K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, SOURCE, SOURCE, BF16,
                 PRECISION,
             )  # fmt: skip
@@ -132,7 +140,7 @@ def chunk_backward(
             keys_values_backward(
                 q_view, k_view, v_view, dh_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row,
                 d_inverse + o_row, delta + o_row, dstate, p_dnorm, dk + o_dk, dk_row, dv + o_dv, dv_row,
-                cols + o_sums, T - t, key_tile, padded,
+                cols + o_sums, length, key_tile, padded,
                 K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, SOURCE, SOURCE, BF16,
                 PRECISION,
             )  # fmt: skip

@@ -17,6 +17,7 @@ from .common import (
     token_view,
     zeros_tuple,
 )
+from .packing import chunk_count, chunk_span
 
 
 @triton.jit
@@ -124,8 +125,10 @@ def rows_forward(
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=["q_sb", "q_sh", "q_st", "k_sb", "k_sh", "k_st", "v_sb", "v_sh", "v_st", "T"],
-)
+    do_not_specialize_on_alignment=[
+        "q_sb", "q_sh", "q_st", "k_sb", "k_sh", "k_st", "v_sb", "v_sh", "v_st", "sequences", "T",
+    ],
+)  # fmt: skip
 def chunk_forward(
     q, q_sb, q_sh, q_st,  # (B, H, T, K) in units of UNIT elements
     k, k_sb, k_sh, k_st,  # (B, H, T, K) likewise
@@ -139,6 +142,8 @@ def chunk_forward(
     floor,  # (B, H, NT * L)
     states,  # (B, H, NT, K, V)
     norms,  # (B, H, NT, K) if NORMALIZE
+    chunks,  # of packed sequences: see packing.py
+    sequences,  # likewise: how many; else 0
     T,
     h,  # (B, H, T, V) or (B, T, H, V)
     r,  # (B, H, NT * L) signed normaliser if NORMALIZE, else unused, one element
@@ -156,6 +161,7 @@ def chunk_forward(
     STORE_D: tl.constexpr,
     NORMALIZE: tl.constexpr,
     BTHD: tl.constexpr,
+    PACKED: tl.constexpr,
     SOURCE: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -166,30 +172,33 @@ def chunk_forward(
     """
     NRT: tl.constexpr = L // BT
     pid = tl.program_id(0).to(tl.int64)
-    n_chunks = tl.cdiv(T, L)
+    n_chunks = chunk_count(T, sequences, L, PACKED)
     padded = n_chunks.to(tl.int64) * L
     role = (pid % NRT).to(tl.int32)
     n = ((pid // NRT) % n_chunks).to(tl.int32)
     head = pid // (n_chunks.to(tl.int64) * NRT)
 
     # All tokens are counted from the chunk's start from here on.
-    t = n * L
-    q_view = token_view(q, q_sb, q_sh, q_st, head, t, T, H, UNIT, SOURCE)
-    k_view = token_view(k, k_sb, k_sh, k_st, head, t, T, H, UNIT, SOURCE)
-    v_view = token_view(v, v_sb, v_sh, v_st, head, t, T, H, UNIT, SOURCE)
+    t, length, end = chunk_span(chunks, n, n_chunks, T, L, PACKED)
+    q_view = token_view(q, q_sb, q_sh, q_st, head, t, end, H, UNIT, SOURCE)
+    k_view = token_view(k, k_sb, k_sh, k_st, head, t, end, H, UNIT, SOURCE)
+    v_view = token_view(v, v_sb, v_sh, v_st, head, t, end, H, UNIT, SOURCE)
     o_chunk = head * n_chunks + n
     state = state_view(states, o_chunk, K, V, SOURCE)
     o_h, h_row = contiguous_rows(head, t, T, H, V, BTHD)
-    o_row = head * padded + t
+    o_row = head * padded + n * L
     p_norm = norms + o_chunk * K
     if not STORE_D and pid == 0:
         tl.store(d, 0.0)
     if not NORMALIZE and pid == 0:
         tl.store(r, 0.0)
+    if PACKED:
+        if length <= 0:
+            return
     for tile in tl.static_range(NRT):
         if role == tile:
             rows_forward(
                 q_view, k_view, v_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row, gamma + o_chunk,
-                gamma_low + o_chunk, floor + o_row, state, p_norm, h + o_h, h_row, r + o_row, d + head * T + t, T - t,
+                gamma_low + o_chunk, floor + o_row, state, p_norm, h + o_h, h_row, r + o_row, d + head * T + t, length,
                 K, V, BT, BK, BV, tile + 1, SCALE, EPS, STORE_D, NORMALIZE, SOURCE, SOURCE, BF16, PRECISION,
             )  # fmt: skip

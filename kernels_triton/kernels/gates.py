@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .common import LOG2E, NEG_INF, load_pair, store_pair
+from .packing import chunk_count, sequence_span
 
 # A closed forget gate below this cannot be told from -inf in any state; finite, so that prefix sums stay finite.
 LOG_FORGET_MIN = tl.constexpr(-1e6)
@@ -51,6 +52,13 @@ def _log_input(i, i_sb, i_sh, i_st, head, t, m_t, H: tl.constexpr, SIGMOID: tl.c
 
 
 @triton.jit
+def _as_pair(x):
+    """x rounded to what two float32 hold."""
+    hi = x.to(tl.float32).to(tl.float64)
+    return tl.where(x == hi, hi, hi + (x - hi).to(tl.float32).to(tl.float64))
+
+
+@triton.jit
 def _chunk_sums(
     i, i_sb, i_sh, i_st, f, f_sb, f_sh, f_st, head, t, m_t,
     H: tl.constexpr,
@@ -72,7 +80,9 @@ def _chunk_sums(
     b_c = b_i - b_sum
     largest = tl.max(b_c, 1)
     token = tl.min(tl.where(b_c == largest[:, None], t, NO_TOKEN), 1)
-    return b_sum, b_c, total, largest, token
+    # As pairs, so that one launch and two launches give the same bits.
+    b_sum = _as_pair(b_sum)
+    return b_sum, b_i - b_sum, _as_pair(total), _as_pair(largest), token
 
 
 @triton.jit
@@ -92,8 +102,10 @@ def _float64(pair):
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=["i_sb", "i_sh", "i_st", "f_sb", "f_sh", "f_st", "T"],
-)
+    do_not_specialize_on_alignment=[
+        "i_sb", "i_sh", "i_st", "f_sb", "f_sh", "f_st", "T",
+    ],
+)  # fmt: skip
 def gates_sums(
     i, i_sb, i_sh, i_st,  # (B, H, T) input gate pre-activations
     f, f_sb, f_sh, f_st,  # (B, H, T) forget gate pre-activations
@@ -127,8 +139,10 @@ def gates_sums(
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=["i_sb", "i_sh", "i_st", "f_sb", "f_sh", "f_st", "T"],
-)
+    do_not_specialize_on_alignment=[
+        "i_sb", "i_sh", "i_st", "f_sb", "f_sh", "f_st", "sequences", "T",
+    ],
+)  # fmt: skip
 def gates_forward(
     i, i_sb, i_sh, i_st,  # (B, H, T) input gate pre-activations
     f, f_sb, f_sh, f_st,  # (B, H, T) forget gate pre-activations, or their log-sigmoid
@@ -138,6 +152,8 @@ def gates_forward(
     sums,  # (B, H, 2, NT * L) if SPLIT
     totals,  # (B, H, 4, NT) if SPLIT
     tokens,  # (B, H, NT) if SPLIT
+    chunks,  # of packed sequences: see packing.py
+    sequences,  # likewise: how many; else 0
     T,
     c,  # (B, H, NT * L) i - b in log2 units, b the prefix sum of log f inside the chunk; less a_L
     c_low,  # (B, H, NT * L) what c lacks: a pair holds twice the digits
@@ -159,14 +175,15 @@ def gates_forward(
     M_GIVEN: tl.constexpr,
     SPLIT: tl.constexpr,
     SIGMOID: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One program per head, G chunks at a time; if SPLIT, one per head and G chunks, after `gates_sums`.
+    """One program per head (and packed sequence), G chunks at a time; if SPLIT, one per G chunks, after `gates_sums`.
 
     What token j adds to row i, D_ij = 2**(c_j - a_i), and to the state at the chunk's end, alpha_j = 2**c_j; what the
     state at the chunk's start adds to row i, beta_i = 2**(gamma - a_i), and to the one at the end, 2**gamma. a_L, the
     chunk's largest a, is subtracted from c, a and gamma.
     """
-    n_chunks = tl.cdiv(T, L)
+    n_chunks = chunk_count(T, sequences, L, PACKED)
     padded = n_chunks.to(tl.int64) * L
     pid = tl.program_id(0).to(tl.int64)
     o_n = tl.arange(0, G)
@@ -174,23 +191,28 @@ def gates_forward(
     if SPLIT:
         n_groups = tl.cdiv(n_chunks, G)
         head = pid // n_groups
+        state = head
         first = (pid % n_groups).to(tl.int32) * G
         stop = tl.minimum(first + G, n_chunks)
+        begin_n = 0
+        t_first = 0
+        t_end = T
     else:
-        head = pid
-        first = 0
-        stop = n_chunks
+        state = pid
+        head = pid % H if PACKED else pid
+        begin_n, stop, t_first, t_end = sequence_span(chunks, pid // H, n_chunks, T, PACKED)
+        first = begin_n
     chunk_row = head * (n_chunks + 1)
     p_totals = totals + head * 4 * n_chunks
 
     if HAS_INITIAL:
-        carry = tl.load(m_initial + head).to(tl.float64)
+        carry = tl.load(m_initial + state).to(tl.float64)
     else:
         carry = tl.full([], 0.0, tl.float64)
     if M_GIVEN:
         carry = tl.load(m_chunk_given + chunk_row).to(tl.float64)
     pick = tl.full([], -1, tl.int32)
-    if first == 0:
+    if not PACKED and first == 0:
         tl.store(m_chunk + chunk_row, carry.to(tl.float32))
     if SPLIT and not SIGMOID:
         for n0 in range(0, first, G):
@@ -202,12 +224,13 @@ def gates_forward(
 
     for n0 in range(first, stop, G):
         n = n0 + o_n
-        m_n = n < n_chunks
-        t = n[:, None] * L + o_t
-        m_t = t < T
+        m_n = n < (stop if PACKED else n_chunks)
+        row = n[:, None] * L + o_t
+        t = t_first + (n[:, None] - begin_n) * L + o_t
+        m_t = t < t_end
         if SPLIT:
             m_sum = m_n[:, None] & (o_t < L)
-            o_sum = tl.where(m_sum, t, 0)
+            o_sum = tl.where(m_sum, row, 0)
             p_sums = sums + head * 2 * padded
             b_sum = _float64(load_pair(p_sums, p_sums + padded, o_sum, True))
             b_c = _log_input(i, i_sb, i_sh, i_st, head, t, m_t, H, SIGMOID) - b_sum
@@ -222,7 +245,7 @@ def gates_forward(
                 i, i_sb, i_sh, i_st, f, f_sb, f_sh, f_st, head, t, m_t, H, L, HAS_I, F_IS_LOG, SIGMOID
             )
         if SIGMOID:  # the gates need no stabiliser: it is 0 but for that of the initial state
-            begin = tl.where(n == 0, carry, 0.0)
+            begin = tl.where(n == begin_n, carry, 0.0)
             b_a = -b_sum
             end = -total
             b_m = tl.zeros([G, L], tl.float64)
@@ -239,17 +262,18 @@ def gates_forward(
             b_m = b_a + b_sum
 
         m_row = m_n[:, None] & (o_t < L)
-        o_row = head * padded + t
+        o_row = head * padded + row
         origin = tl.where(end > NEG_INF, end, 0.0)
         store_pair(c, c_low, o_row, (b_c - origin[:, None]) * LOG2E, m_row)
         store_pair(a, a_low, o_row, (b_a - origin[:, None]) * LOG2E, m_row)
         store_pair(gamma, gamma_low, head * n_chunks + n, (begin - origin) * LOG2E, m_n)
         tl.store(floor + o_row, tl.exp(-b_m).to(tl.float32), mask=m_row)
         tl.store(m + head * T + t, b_m.to(tl.float32), mask=m_t)
-        tl.store(m_chunk + chunk_row + n + 1, (end + total).to(tl.float32), mask=m_n)
+        if not PACKED:
+            tl.store(m_chunk + chunk_row + n + 1, (end + total).to(tl.float32), mask=m_n)
 
-    if stop == n_chunks:
+    if PACKED or stop == n_chunks:
         if SIGMOID:
             carry *= 0.0
-        tl.store(m_last + head, carry.to(tl.float32))
-        tl.store(picked + head, pick)
+        tl.store(m_last + state, carry.to(tl.float32))
+        tl.store(picked + state, pick)

@@ -4,11 +4,14 @@ import triton
 import triton.language as tl
 
 from .common import cast
+from .packing import chunk_count, chunk_span
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=["f_sb", "f_sh", "f_st", "i_sb", "i_sh", "i_st", "T"],
-)
+    do_not_specialize_on_alignment=[
+        "f_sb", "f_sh", "f_st", "i_sb", "i_sh", "i_st", "sequences", "T",
+    ],
+)  # fmt: skip
 def gates_backward(
     f, f_sb, f_sh, f_st,  # (B, H, T) forget gate pre-activations
     i, i_sb, i_sh, i_st,  # (B, H, T) input gate pre-activations if SIGMOID
@@ -19,6 +22,8 @@ def gates_backward(
     outer,  # (B, H, NP, 2) likewise at the last state; at the initial state
     dm_last,  # (B, H) if HAS_DM_LAST
     picked,  # (B, H)
+    chunks,  # of packed sequences: see packing.py
+    sequences,  # likewise: how many; else 0
     T,
     di,  # (B, H, T) or (B, T, H)
     df,  # likewise
@@ -32,26 +37,37 @@ def gates_backward(
     HAS_DM_LAST: tl.constexpr,
     SIGMOID: tl.constexpr,
     BTHD: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """One program per head and chunk: dI and dF from per-token sums, added in float64 in a fixed order."""
-    n_chunks = tl.cdiv(T, L)
+    n_chunks = chunk_count(T, sequences, L, PACKED)
     pid = tl.program_id(0).to(tl.int64)
     head = pid // n_chunks
     n = pid % n_chunks
     padded = n_chunks.to(tl.int64) * L
     o = tl.arange(0, L)
-    t = n * L + o
-    m_t = t < T
+    start, length, _ = chunk_span(chunks, n, n_chunks, T, L, PACKED)
+    t = (start + o).to(tl.int64)
+    m_t = o < length
+    row = n * L + o
+    state = head  # whose states' cotangents these are
+    first_chunk = 0
+    if PACKED:
+        sequence = tl.load(chunks + 2 * n_chunks + n)
+        if sequence < 0:
+            return
+        state = sequence.to(tl.int64) * H + head
+        first_chunk = tl.load(chunks + 3 * n_chunks + sequence)
 
     b_row = tl.zeros([L], tl.float64)
     b_diag = tl.zeros([L], tl.float64)
     b_col = tl.zeros([L], tl.float64)
     b_u = tl.zeros([L], tl.float64)
     for kt in tl.static_range(NKT):
-        p_rows = rows + (head * 2 * NKT + 2 * kt) * padded + t
+        p_rows = rows + (head * 2 * NKT + 2 * kt) * padded + row
         b_row += tl.load(p_rows).to(tl.float64)
         b_diag += tl.load(p_rows + padded).to(tl.float64)
-        p_cols = cols + (head * 2 * NKT + 2 * kt) * padded + t
+        p_cols = cols + (head * 2 * NKT + 2 * kt) * padded + row
         b_col += tl.load(p_cols).to(tl.float64)
         b_u += tl.load(p_cols + padded).to(tl.float64)
 
@@ -61,8 +77,8 @@ def gates_backward(
     at_last = tl.full([], 0.0, tl.float64)
     at_initial = tl.full([], 0.0, tl.float64)
     for part in range(0, NP):
-        at_last += tl.load(outer + (head * NP + part) * 2).to(tl.float64)
-        at_initial += tl.load(outer + (head * NP + part) * 2 + 1).to(tl.float64)
+        at_last += tl.load(outer + (state * NP + part) * 2).to(tl.float64)
+        at_initial += tl.load(outer + (state * NP + part) * 2 + 1).to(tl.float64)
     w = w * tl.exp2(tl.load(gamma + head * n_chunks + n)).to(tl.float64)
 
     b_di = b_col + b_diag + b_u
@@ -71,8 +87,8 @@ def gates_backward(
     if HAS_DLAST and not SIGMOID:  # the last stabiliser's own cotangent goes where its maximum came from
         rho = -at_last
         if HAS_DM_LAST:
-            rho += tl.load(dm_last + head).to(tl.float64)
-        pick = tl.load(picked + head)
+            rho += tl.load(dm_last + state).to(tl.float64)
+        pick = tl.load(picked + state)
         b_di += tl.where(t == pick, rho, 0.0)
         b_dlogf += tl.where(t > pick, rho, 0.0)
         dm0 += tl.where(pick < 0, rho, 0.0)
@@ -89,5 +105,5 @@ def gates_backward(
         o_out = head * T + t
     tl.store(di + o_out, cast(b_di, di.dtype.element_ty), mask=m_t)
     tl.store(df + o_out, cast(b_df, df.dtype.element_ty), mask=m_t)
-    if n == 0:
-        tl.store(dm_initial + head, dm0.to(tl.float32))
+    if n == first_chunk:
+        tl.store(dm_initial + state, dm0.to(tl.float32))

@@ -11,11 +11,14 @@ from .common import (
     load_tokens,
     token_view,
 )
+from .packing import chunk_count, chunk_span
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=["dh_sb", "dh_sh", "dh_st", "T"],
-)
+    do_not_specialize_on_alignment=[
+        "dh_sb", "dh_sh", "dh_st", "sequences", "T",
+    ],
+)  # fmt: skip
 def normaliser_backward(
     h,  # (B, H, T, V) or (B, T, H, V), contiguous, if EXACT
     dh, dh_sb, dh_sh, dh_st,  # (B, H, T, V) in units of UNIT elements
@@ -25,6 +28,8 @@ def normaliser_backward(
     a_low,  # (B, H, NT * L) if PAIRS
     gamma,  # (B, H, NT)
     gamma_low,  # (B, H, NT) if PAIRS
+    chunks,  # of packed sequences: see packing.py
+    sequences,  # likewise: how many; else 0
     T,
     d_inverse,  # (B, H, NT * L) 1 / d, d = max(|r|, floor) + eps, or 1 without NORMALIZE; 0 from T on
     delta,  # (B, H, NT * L) cotangent of r: -(dh . h) sign(r) / d where |r| > floor, else 0
@@ -42,15 +47,20 @@ def normaliser_backward(
     NORMALIZE: tl.constexpr,
     D_GIVEN: tl.constexpr,
     BTHD: tl.constexpr,
+    PACKED: tl.constexpr,
     PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One program per head and tile of BT tokens."""
     pid = tl.program_id(0).to(tl.int64)
-    padded = tl.cdiv(T, L).to(tl.int64) * L
+    n_chunks = chunk_count(T, sequences, L, PACKED)
+    padded = n_chunks.to(tl.int64) * L
     head = pid // (padded // BT)
-    start = ((pid % (padded // BT)) * BT).to(tl.int32)
+    row = ((pid % (padded // BT)) * BT).to(tl.int32)
+    start, length, end = chunk_span(chunks, row // L, n_chunks, T, L, PACKED)
+    start += row % L
     t = start + tl.arange(0, BT)
-    m_t = t < T
+    m_t = row % L + tl.arange(0, BT) < length
+    o_row = head * padded + row + tl.arange(0, BT)
     if not NORMALIZE:
         b_d = tl.full([BT], 1.0, tl.float32)
     elif D_GIVEN:
@@ -58,15 +68,15 @@ def normaliser_backward(
         b_d = b_r
         b_floor = b_r
     else:
-        b_r = tl.load(r + head * padded + t)
-        b_floor = tl.load(floor + head * padded + t)
+        b_r = tl.load(r + o_row)
+        b_floor = tl.load(floor + o_row)
         b_d = tl.maximum(tl.abs(b_r), b_floor) + EPS
     b_delta = tl.zeros([BT], tl.float32)
     if EXACT:
-        first = tl.minimum(start, T - 1)
-        dh_view = token_view(dh, dh_sb, dh_sh, dh_st, head, first, T, H, UNIT, POINTERS)
+        first = tl.minimum(start, end - 1)
+        dh_view = token_view(dh, dh_sb, dh_sh, dh_st, head, first, end, H, UNIT, POINTERS)
         o_h, h_row = contiguous_rows(head, first, T, H, V, BTHD)
-        h_view = (h + o_h, h_row, T - first)
+        h_view = (h + o_h, h_row, end - first)
         for v0 in range(0, V, BV):
             b_h = load_tokens(h_view, 0, v0, BT, V, BV, POINTERS).to(tl.float32)
             b_dh = load_tokens(dh_view, 0, v0, BT, V, BV, POINTERS).to(tl.float32)
@@ -76,9 +86,8 @@ def normaliser_backward(
         b_delta = tl.where(tl.abs(b_r) > b_floor, b_delta, 0.0)
     b_inverse = tl.where(m_t, 1.0 / b_d, 0.0)
     b_delta = tl.where(m_t, b_delta, 0.0)
-    o_row = head * padded + t
     a_hi, a_lo = load_pair(a, a_low, o_row, PAIRS)
-    g_hi, g_lo = load_pair(gamma, gamma_low, head * tl.cdiv(T, L) + start // L, PAIRS)
+    g_hi, g_lo = load_pair(gamma, gamma_low, head * n_chunks + row // L, PAIRS)
     b_beta = exp2_difference(g_hi, g_lo, a_hi, a_lo, PAIRS) * SCALE
     tl.store(d_inverse + o_row, b_inverse)
     tl.store(delta + o_row, b_delta)

@@ -17,11 +17,20 @@ from .common import (
     store_vector,
     token_view,
 )
+from .packing import chunk_count, sequence_span
 
 # How a scan is cut: not at all; or into segments, what each adds, and the segments from where those before them end.
 ONE = tl.constexpr(0)
 SUM = tl.constexpr(1)
 FOLLOW = tl.constexpr(2)
+
+
+@triton.jit
+def _segment(chunks, MOST: tl.constexpr, UNCUT: tl.constexpr):
+    """Chunks per segment of a packed sequence: `ScanBuilder.segments` says the same of one that is alone."""
+    most = tl.maximum(tl.minimum(chunks // 4, MOST), 1)
+    count = tl.cdiv(chunks, tl.cdiv(chunks, most))
+    return tl.where(chunks > UNCUT, tl.cdiv(chunks, count), chunks)
 
 
 @triton.jit
@@ -31,8 +40,10 @@ def norm_product(b_norm, p_n, o_k, vt, K: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=["x_sb", "x_sh", "x_st", "y_sb", "y_sh", "y_st", "segment", "T"],
-)
+    do_not_specialize_on_alignment=[
+        "x_sb", "x_sh", "x_st", "y_sb", "y_sh", "y_st", "segment", "sequences", "T",
+    ],
+)  # fmt: skip
 def state_scan(
     x, x_sb, x_sh, x_st,  # (B, H, T, K) in units of UNIT elements: k; backward: q
     y, y_sb, y_sh, y_st,  # (B, H, T, V) likewise: v; backward: dh
@@ -46,10 +57,12 @@ def state_scan(
     fw_norm_last,  # (B, H, K) backward, if HAS_STATE_IN: n_last
     fw_initial,  # (B, H, K, V) backward, if HAS_INITIAL: c_initial
     fw_norm_initial,  # (B, H, K) backward, if HAS_INITIAL
-    sums,  # (B, H, segments - 1, K, V) if SEGMENTS == FOLLOW: what each segment adds to S
+    sums,  # (B, H, segments - 1, K, V), packed (H, NT // 4 + 1, K, V); if SEGMENTS == FOLLOW: what each adds to S
     norm_sums,  # (B, H, segments - 1, K) likewise for n
     decays,  # (B, H, segments - 1) likewise: what it leaves of S and n
-    segment,  # chunks per segment, unless SEGMENTS == ONE
+    segment,  # chunks per segment, unless SEGMENTS == ONE or PACKED
+    chunks,  # of packed sequences: see packing.py
+    sequences,  # likewise: how many; else 0
     T,
     states,  # (B, H, NT, K, V) state at each chunk's start; backward: cotangent of the state after each chunk
     norms,  # (B, H, NT, K) likewise for n if HAS_NORMS, else unused, one element
@@ -72,15 +85,19 @@ def state_scan(
     HAS_INITIAL: tl.constexpr,
     HAS_OUTER: tl.constexpr,
     HAS_NORMS: tl.constexpr,
+    MOST: tl.constexpr,
+    UNCUT: tl.constexpr,
+    PACKED: tl.constexpr,
     SOURCE: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per head, segment of chunks and (BK, BV) tile of the state.
+    """One program per head (and packed sequence), segment of chunks and (BK, BV) tile of the state.
 
     S <- gamma S + sum_t w_t x_t y_t^T and n <- gamma n + sum_t u_t x_t, chunk by chunk; backward from the last one.
     Where heads are few, the scan is cut into segments that run side by side: a first launch (SUM) finds what each but
-    the last adds, a second (FOLLOW) starts each segment from what those before it leave.
+    the last adds, a second (FOLLOW) starts each segment from what those before it leave. A packed
+    sequence is cut as it would be alone: into MOST segments at most, if it has more than UNCUT chunks.
     """
     NKT: tl.constexpr = (K + BK - 1) // BK
     NVT: tl.constexpr = (V + BV - 1) // BV
@@ -88,55 +105,72 @@ def state_scan(
     pid = tl.program_id(0).to(tl.int64)
     vt = pid % NVT
     kt = (pid // NVT) % NKT
-    head = pid // (NVT * NKT)
-    n_chunks = tl.cdiv(T, L)
-    first = 0
-    stop = n_chunks
+    state = pid // (NVT * NKT)
+    n_chunks = chunk_count(T, sequences, L, PACKED)
+    if (SEGMENTS == SUM or not HAS_NORMS) and pid == 0:
+        tl.store(norms, 0.0)
+    if SEGMENTS == SUM and pid == 0:
+        tl.store(states, 0.0)
+    if SEGMENTS != SUM and not HAS_OUTER and pid == 0:
+        tl.store(outer, 0.0)
     rank = 0
     if SEGMENTS != ONE:
-        others = (n_chunks - 1) // segment  # all segments but the last
-        count = others + (SEGMENTS == FOLLOW)
-        rank = (head % count).to(tl.int32)
-        head = head // count
-        first = rank * segment
-        stop = tl.minimum(first + segment, n_chunks)
-        o_sums = head * others
+        count = MOST - (SEGMENTS == SUM) if PACKED else (n_chunks - 1) // segment + (SEGMENTS == FOLLOW)
+        rank = (state % count).to(tl.int32)
+        state = state // count
+    head = state % H if PACKED else state
+    begin, finish, t_first, t_end = sequence_span(chunks, state // H, n_chunks, T, PACKED)
+    first = begin
+    stop = finish
+    if SEGMENTS != ONE:
+        if PACKED:
+            segment = _segment(finish - begin, MOST, UNCUT)
+        first = begin + rank * segment
+        stop = tl.minimum(first + segment, finish)
+        others = (finish - begin - 1) // segment  # all segments but the last
+        if PACKED:
+            if rank >= others + (SEGMENTS == FOLLOW):
+                return
+        # Of packed sequences no segment but the last has fewer than 4 chunks.
+        o_sums = head * (n_chunks // 4 + 1) if PACKED else head * others
     padded = n_chunks.to(tl.int64) * L
     k0 = (kt * BK).to(tl.int32)
     v0 = (vt * BV).to(tl.int32)
     o_k = k0 + tl.arange(0, BK)
     o_t = tl.arange(0, BT)
-    p_outer = outer + (head * NKT * NVT + kt * NVT + vt) * 2
-    o_state = head * K * V
+    p_outer = outer + (state * NKT * NVT + kt * NVT + vt) * 2
+    o_state = state * K * V
 
     b_state = tl.zeros([BK, BV], tl.float32)
     b_norm = tl.zeros([BK], tl.float32)
     if HAS_STATE_IN:
         b_state = load_state((state_in + o_state,), k0, v0, K, V, BK, BV, POINTERS).to(tl.float32)
     if HAS_NORM_IN:
-        b_norm = load_vector(norm_in + head * K, o_k, K, BK).to(tl.float32)
+        b_norm = load_vector(norm_in + state * K, o_k, K, BK).to(tl.float32)
     if HAS_OUTER and rank == 0:
         product = tl.full([], 0.0, tl.float32)
         if HAS_STATE_IN:
             b_c = load_state((fw_last + o_state,), k0, v0, K, V, BK, BV, POINTERS)
             product = inner_product(b_state, b_c, BK * BV)
             if HAS_NORMS:
-                product += norm_product(b_norm, fw_norm_last + head * K, o_k, vt, K, BK)
+                product += norm_product(b_norm, fw_norm_last + state * K, o_k, vt, K, BK)
         tl.store(p_outer, product)
 
     if SEGMENTS == FOLLOW:
         for s in range(0, rank):
-            decay = tl.load(decays + o_sums + s)
-            b_sum = load_state((sums + (o_sums + s) * K * V,), k0, v0, K, V, BK, BV, POINTERS)
+            o_sum = o_sums + ((begin + s * segment) // 4 if PACKED else s)
+            decay = tl.load(decays + o_sum)
+            b_sum = load_state((sums + o_sum * K * V,), k0, v0, K, V, BK, BV, POINTERS)
             b_state = b_state * decay + b_sum
             if HAS_NORMS:
-                b_norm = b_norm * decay + load_vector(norm_sums + (o_sums + s) * K, o_k, K, BK)
+                b_norm = b_norm * decay + load_vector(norm_sums + o_sum * K, o_k, K, BK)
     left = tl.full([], 1.0, tl.float32)
+    end = tl.maximum(t_end, t_first + 1)  # of what may be read
 
     for step in range(first * PER, stop * PER):
         n = step // PER
         if BACKWARD:
-            n = n_chunks - 1 - n
+            n = begin + finish - 1 - n
         decay = tl.exp2(tl.load(gamma + head * n_chunks + n))
         if PER > 1:
             decay = tl.where(step % PER == 0, decay, 1.0)
@@ -150,8 +184,8 @@ def state_scan(
         b_norm *= decay
         left *= decay
 
-        t = n * L + step % PER * BT
-        o_w = head * padded + t + o_t
+        t = t_first + (n - begin) * L + step % PER * BT
+        o_w = head * padded + n * L + step % PER * BT + o_t
         if BACKWARD:
             b_w = tl.load(w + o_w)
             if HAS_NORMS:
@@ -160,9 +194,9 @@ def state_scan(
             hi, lo = load_pair(w, w_low, o_w, PAIRS)
             b_w = exp2_difference(hi, lo, 0.0, 0.0, PAIRS)
             b_u = b_w
-        t = tl.minimum(t, T - 1)
-        x_view = token_view(x, x_sb, x_sh, x_st, head, t, T, H, UNIT, SOURCE)
-        y_view = token_view(y, y_sb, y_sh, y_st, head, t, T, H, UNIT, SOURCE)
+        t = tl.minimum(t, end - 1)
+        x_view = token_view(x, x_sb, x_sh, x_st, head, t, end, H, UNIT, SOURCE)
+        y_view = token_view(y, y_sb, y_sh, y_st, head, t, end, H, UNIT, SOURCE)
         b_x = tl.trans(load_tokens(x_view, 0, k0, BT, K, BK, SOURCE)).to(tl.float32)  # [BK, BT]
         b_y = load_tokens(y_view, 0, v0, BT, V, BV, SOURCE)
         b_xw = operand(b_x * b_w[None, :], BF16, PRECISION)
@@ -171,27 +205,21 @@ def state_scan(
             b_norm += tl.sum(b_x * b_u[None, :], 1)
 
     if SEGMENTS == SUM:
-        store_state(state_out + (o_sums + rank) * K * V, b_state, k0, v0, K, V, BK, BV)
+        o_sum = o_sums + (first // 4 if PACKED else rank)
+        store_state(state_out + o_sum * K * V, b_state, k0, v0, K, V, BK, BV)
         if vt == 0:
-            store_vector(norm_out + (o_sums + rank) * K, b_norm, o_k, K, BK)
+            store_vector(norm_out + o_sum * K, b_norm, o_k, K, BK)
             if kt == 0:
-                tl.store(outer + o_sums + rank, left)
-        if pid == 0:
-            tl.store(states, 0.0)
-            tl.store(norms, 0.0)
-    elif stop == n_chunks:
+                tl.store(outer + o_sum, left)
+    elif stop == finish:
         store_state(state_out + o_state, b_state, k0, v0, K, V, BK, BV)
         if vt == 0:
-            store_vector(norm_out + head * K, b_norm, o_k, K, BK)
-    if HAS_OUTER and stop == n_chunks:
+            store_vector(norm_out + state * K, b_norm, o_k, K, BK)
+    if HAS_OUTER and stop == finish:
         product = tl.full([], 0.0, tl.float32)
         if HAS_INITIAL:
             b_c = load_state((fw_initial + o_state,), k0, v0, K, V, BK, BV, POINTERS).to(tl.float32)
             product = inner_product(b_state, b_c, BK * BV)
             if HAS_NORMS:
-                product += norm_product(b_norm, fw_norm_initial + head * K, o_k, vt, K, BK)
+                product += norm_product(b_norm, fw_norm_initial + state * K, o_k, vt, K, BK)
         tl.store(p_outer + 1, product)
-    if SEGMENTS != SUM and not HAS_NORMS and pid == 0:
-        tl.store(norms, 0.0)
-    if SEGMENTS != SUM and not HAS_OUTER and pid == 0:
-        tl.store(outer, 0.0)

@@ -1,0 +1,45 @@
+"""Packed sequences for PyTorch: chunk tables, and offsets from document numbers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Int, Int32
+from torch import Tensor
+
+from kernels_triton import packing
+from kernels_triton.backend import choose_backend
+from kernels_triton.validation import check_table
+
+from .executor import run
+from .operator import describe, platform_of
+
+
+def make_chunk_table(
+    cu_seqlens: Int[Tensor, " offsets"],
+    T: int,
+    chunk_size: int,
+    *,
+    backend: Literal["triton", "interpret", "reference", "auto"] = "auto",
+) -> Int32[Tensor, " table"]:
+    """Which tokens each chunk has, on the device of cu_seqlens; for `mlstm_chunkwise(..., cu_seqlens, chunk_table)`.
+
+    T: tokens of all sequences; chunk_size as the operator's. The reference backend needs none: its table is all zeros.
+    """
+    L, sequences = check_table(describe("cu_seqlens", cu_seqlens), T, chunk_size)
+    used = choose_backend(backend, platform_of(cu_seqlens))
+    if used == "reference":
+        return cu_seqlens.new_zeros(packing.table_size(T, sequences, L), dtype=torch.int32)
+    return run(packing.table_pass(T, sequences, L), {"cu_seqlens": cu_seqlens.contiguous()}, used)["chunks"]
+
+
+def cu_seqlens_from_document_ids(
+    ids: Int[Tensor, "*batch T"], num_documents: int | None = None
+) -> Int32[Tensor, " offsets"]:
+    """Offsets of packed sequences from each token's document number: a document is a run of equal numbers.
+
+    ids: (T,) or (1, T). num_documents: how many offsets to make, less one; documents that lack are empty, those beyond
+    join the last. None: as many as there are, for which the host waits for a GPU.
+    """
+    return packing.cu_seqlens_from_document_ids(ids, num_documents)
