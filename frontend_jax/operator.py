@@ -145,7 +145,10 @@ def reference_call(static: Static, arrays: Arrays) -> Any:
 def apply(
     given: tuple[Array | None, ...], return_last_states: bool, options: dict[str, Any], form: str = "chunkwise"
 ) -> Any:
-    """h, with the last states if they are asked for. given: by NAMES, perhaps cu_seqlens and chunk_table after them; options: of `check_call`."""
+    """h, with the last states if they are asked for.
+
+    given: by NAMES, perhaps cu_seqlens and chunk_table after them; options: of `check_call`.
+    """
     infos = {name: describe(name, x) for name, x in zip((*NAMES, "cu_seqlens", "chunk_table"), given, strict=False)}
     problem = check_call(infos, **options, form=form)
     q = given[0]

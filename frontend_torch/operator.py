@@ -274,7 +274,10 @@ def host_checked(cu_seqlens: Tensor | None, q: Any) -> Tensor | None:
 def apply(
     tensors: tuple[Tensor | None, ...], last: bool, options: dict[str, Any], form: str = "chunkwise"
 ) -> tuple[Tensor, States]:
-    """h and the last states. tensors: by NAMES, perhaps by ARGUMENTS; options: of `check_call`; last: the states may get cotangents."""
+    """h and the last states.
+
+    tensors: by NAMES, perhaps by ARGUMENTS; options: of `check_call`; last: the states may get cotangents.
+    """
     key = call_key(tensors, form, *options.values())
     call = _settled(key, tensors)
     if call is None:

@@ -158,8 +158,8 @@ def check_call(
 ) -> Problem:
     """The problem that valid arguments describe.
 
-    arrays: q, k, v, i, f, the three initial states, cu_seqlens and chunk_table (None where absent). strides: (batch, head, token) strides in
-    elements of q, k, v, i, f; contiguous in `layout` if None.
+    arrays: q, k, v, i, f, the three initial states, cu_seqlens and chunk_table (None where absent). strides: (batch,
+    head, token) strides in elements of q, k, v, i, f; contiguous in `layout` if None.
     Raises TypeError (kind of value, dtype) or ValueError (rank, shape, option, device, missing state), with the
     argument's name, what was expected and what came.
     """

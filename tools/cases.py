@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,12 @@ DEFAULTS: Mapping[str, Any] = {
     "save_states": True,
     "input_gate": "exponential",
     "normalize": True,
+}
+# Options that another form does not have.
+LACKING: Mapping[str, tuple[str, ...]] = {
+    "chunkwise": (),
+    "recurrent": ("chunk_size", "save_states"),
+    "step": ("return_last_states", "chunk_size", "normalizer_grad", "layout", "precision", "save_states"),
 }
 DOCUMENT = 17  # tokens per document in the cases that have several in one sequence
 CLOSED = -60.0  # the forget gate's pre-activation at a document's first token
@@ -61,9 +68,13 @@ class Case:
     i_gate: tuple[float, float] = (0.0, 1.0)  # mean and standard deviation
     f_gate: tuple[float, float] = (3.0, 1.0)
     documents: bool = False  # the forget gate closes every DOCUMENT tokens
+    form: str = "chunkwise"  # or "recurrent", or "step" for one token
+    lengths: tuple[int, ...] = ()  # of packed sequences, T tokens together; B is 1, the layout bthd
     gpu: bool = False  # too large for the interpreter
 
     def __post_init__(self) -> None:
+        if self.lengths and (self.layout, self.T) != ("bthd", sum(self.lengths)):
+            raise ValueError(f"lengths: expected layout 'bthd' and T = {sum(self.lengths)}, got {self}")
         unknown = set(self.cotangents) - set(self.outputs)
         if unknown:
             raise ValueError(f"cotangents: expected names among {self.outputs}, got {sorted(unknown)}")
@@ -83,11 +94,17 @@ class Case:
 
     def options(self) -> dict[str, Any]:
         """The operator's options, by their names in the public function."""
-        return {name: self.last if name == "return_last_states" else getattr(self, name) for name in DEFAULTS}
+        found = {name: self.last if name == "return_last_states" else getattr(self, name) for name in DEFAULTS}
+        return {name: x for name, x in found.items() if name not in LACKING[self.form]}
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where packed sequences begin, and where the last one ends."""
+        return (0, *itertools.accumulate(self.lengths))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of an input or output, tokens after heads whatever the layout."""
-        head = (self.B, self.H)
+        head = (len(self.lengths) or self.B if name.startswith(("c", "n", "m")) else self.B, self.H)
         tails: dict[str, tuple[int, ...]] = {"i": (self.T,), "f": (self.T,)}
         tails |= {"q": (self.T, self.K), "k": (self.T, self.K), "v": (self.T, self.V), "h": (self.T, self.V)}
         tails |= {"c": (self.K, self.V), "n": (self.K,), "m": ()}
@@ -130,6 +147,11 @@ def _states(name: str, **fields: Any) -> Case:
     return Case(name, **({"initial": True, "last": True} | fields))
 
 
+def _packed(name: str, lengths: tuple[int, ...] = (5, 0, 33, 1, 16), **fields: Any) -> Case:
+    more = {"H": 1, "chunk_size": 16, "initial": True, "last": True} | fields
+    return Case(name, lengths=lengths, T=sum(lengths), layout="bthd", **more)
+
+
 HALF = ("bfloat16", "float16")
 MODES = ("exact", "detached")
 GATE_DTYPES = (("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float64"))
@@ -147,6 +169,7 @@ MANY: Mapping[str, Any] = {
     "last": True,
 }
 
+PACKED_MODEL: Mapping[str, Any] = {"H": 4, "K": 128, "V": 256, "chunk_size": None, "gpu": True}
 SIGMOID: Mapping[str, Any] = {"input_gate": "sigmoid"}
 PLAIN: Mapping[str, Any] = {"input_gate": "sigmoid", "normalize": False}
 
@@ -195,6 +218,24 @@ CASES: tuple[Case, ...] = (
     Case("sigmoid-bthd", **SIGMOID, layout="bthd", T=40),
     Case("sigmoid-plain-recompute", **PLAIN, T=40, H=1, save_states=False),
     _states("sigmoid-documents", **SIGMOID, documents=True, H=1, chunk_size=32, i_gate=(0.0, 10.0)),
+    # token by token
+    *(_states(f"recurrent-{d}", form="recurrent", dtype=d, T=9, K=17) for d in ("float32", "bfloat16")),
+    _states("recurrent-detached", form="recurrent", T=20, H=1, normalizer_grad="detached"),
+    Case("recurrent-bthd", form="recurrent", T=9, layout="bthd", strided=True),
+    Case("recurrent-documents", form="recurrent", T=40, H=1, documents=True, last=True),
+    _states("recurrent-sigmoid", form="recurrent", **SIGMOID, T=9),
+    _states("recurrent-plain", form="recurrent", **PLAIN, T=9),
+    *(_states(f"step-{d}", form="step", T=1, B=2, K=17, V=23, dtype=d) for d in ("float32", *HALF)),
+    _states("step-sigmoid", form="step", T=1, **SIGMOID),
+    _states("step-plain", form="step", T=1, **PLAIN),
+    # packed sequences, of lengths 0 and 1 too
+    *(_packed(f"packed-{mode}", normalizer_grad=mode) for mode in MODES),
+    *(_packed(f"packed-{d}", dtype=d) for d in HALF),
+    _packed("packed-one-sequence", lengths=(70,)),
+    _packed("packed-without-states", initial=False, last=False),
+    _packed("packed-sigmoid", **SIGMOID),
+    _packed("packed-plain-recompute", **PLAIN, save_states=False),
+    _packed("packed-strided", strided=True, lengths=(17, 30)),
     Case("scale-and-eps", T=40, H=1, qk_scale=1.0, eps=1e-2),
     # sizes of real models, on a GPU alone
     *(_gpu(f"gpu-{d}-{K}x{V}", dtype=d, K=K, V=V) for d in ("bfloat16", "float32") for K, V in GPU_HEADS),
@@ -219,6 +260,19 @@ CASES: tuple[Case, ...] = (
     *(_gpu(f"gpu-sigmoid-{mode}", **SIGMOID, dtype="bfloat16", K=128, V=256, normalizer_grad=mode) for mode in MODES),
     *(_gpu(f"gpu-sigmoid-plain-{d}", **PLAIN, dtype=d, K=128, V=256) for d in ("bfloat16", "float32")),
     *(_gpu(f"gpu-many-heads-sigmoid-{n}", **MANY, input_gate="sigmoid", normalize=n) for n in (True, False)),
+    *(
+        _packed(
+            f"gpu-packed-{d}", (1, 700, 0, 3000, 64, 129, 2000), H=4, dtype=d, K=128, V=256, chunk_size=None, gpu=True
+        )
+        for d in ("bfloat16", "float32")
+    ),
+    _packed("gpu-packed-many-heads", (500, 20), H=128, dtype="bfloat16", K=64, V=64, chunk_size=None, gpu=True),
+    _packed("gpu-packed-plain", (700, 1300), **PLAIN, dtype="bfloat16", **PACKED_MODEL),
+    *(
+        _gpu(f"gpu-recurrent-{d}", form="recurrent", dtype=d, T=16, K=256, V=512, initial=True, last=True)
+        for d in ("bfloat16", "float32")
+    ),
+    _gpu("gpu-step", form="step", dtype="bfloat16", T=1, B=4, K=256, V=512, initial=True, last=True),
     _gpu("gpu-bfloat16-512x512", dtype="bfloat16", K=512, V=512, T=520, H=2),
 )
 

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -167,6 +169,8 @@ def run_torch(function: Function, options: Mapping[str, Any], case: Case, arrays
     if case.strided:
         tensors |= {name: _view(tensors[name], case.layout) for name in ("q", "k", "v")}
     inputs = {name: tensors[name].requires_grad_() for name in case.inputs}
+    if case.lengths:
+        options = {**options, "cu_seqlens": torch.tensor(case.offsets, device=device)}
     outputs = _named(function(**inputs, **options), case)
     driven = [name for name in case.driven if outputs[name].requires_grad]
     gradients: dict[str, Tensor] = {}
@@ -195,6 +199,8 @@ def run_jax(function: Function, options: Mapping[str, Any], case: Case, arrays: 
     with jax.default_device(place), jax.enable_x64(True) if wide else contextlib.nullcontext():
         placed = {n: jax.device_put(_swap(x, case) if _per_token(n) else x, place) for n, x in arrays.items()}
         inputs = {name: placed[name] for name in case.inputs}
+        if case.lengths:
+            options = {**options, "cu_seqlens": jnp.asarray(case.offsets, jnp.int32)}
         outputs, gradients = jax.jit(both)(inputs, {name: placed[f"d_{name}"] for name in case.driven})
         host = [{name: np.asarray(x) for name, x in part.items()} for part in (outputs, gradients)]
         return _results(host[0], host[1], case)
@@ -203,19 +209,26 @@ def run_jax(function: Function, options: Mapping[str, Any], case: Case, arrays: 
 RUN = {"torch": run_torch, "jax": run_jax}
 
 
-def frontend(framework: str) -> Function:
-    """The public operator of a framework."""
-    if framework == "torch":
-        import frontend_torch
+def frontend(framework: str, form: str = "chunkwise") -> Function:
+    """The public operator of a framework; a step as an operator over sequences of one token."""
+    module = importlib.import_module(f"frontend_{framework}")
+    operator: Function = getattr(module, f"mlstm_{form}")
+    if form != "step":
+        return operator
 
-        return frontend_torch.mlstm_chunkwise
-    import frontend_jax
+    def step(
+        q: Any, k: Any, v: Any, i: Any, f: Any, c_initial: Any, n_initial: Any, m_initial: Any, **options: Any
+    ) -> Any:
+        h, last = operator(*(x[:, :, 0] for x in (q, k, v, i, f)), c_initial, n_initial, m_initial, **options)
+        return h[:, :, None], last
 
-    return frontend_jax.mlstm_chunkwise
+    return step
 
 
 def truth(case: Case, arrays: Arrays, device: str = "cpu", normalizer_grad: str | None = None) -> Arrays:
     """Outputs and gradients in float64, from the inputs as they are in the case's dtypes."""
+    if case.lengths:
+        return _truth_of_each(case, arrays, device, normalizer_grad)
     states = {name: np.zeros(case.shape(name)) for name in INITIAL} | {n: x for n, x in arrays.items() if n in INITIAL}
     wide = {n: to_torch(x.astype(np.float64), device) for n, x in {**arrays, **states}.items()}
     inputs = [wide[name].requires_grad_() for name in ("q", "k", "v", "i", "f", *INITIAL)]
@@ -242,6 +255,27 @@ def truth(case: Case, arrays: Arrays, device: str = "cpu", normalizer_grad: str 
     return results | {f"d{n}": from_torch(gradients[n]) for n in case.inputs}
 
 
+def _truth_of_each(case: Case, arrays: Arrays, device: str, normalizer_grad: str | None) -> Arrays:
+    """Packed sequences one by one. An empty one is a token that adds nothing and forgets nothing, then left out."""
+    N, found = len(case.lengths), []
+    for s, (start, stop) in enumerate(itertools.pairwise(case.offsets)):
+        alone = dataclasses.replace(case, lengths=(), T=max(stop - start, 1))
+        own = {n: x[:, :, start:stop] if _per_token(n) else x[s::N] for n, x in arrays.items()}
+        if stop == start:
+            own |= {n: np.zeros((*x.shape[:2], 1, *x.shape[3:])) for n, x in own.items() if _per_token(n)}
+            own |= {"i": own["i"] - 1e30, "f": own["f"] + 1e30}
+        results = truth(alone, own, device, normalizer_grad)
+        found.append({n: x[:, :, : stop - start] if _per_token(n.removeprefix("d")) else x for n, x in results.items()})
+    joined = {}
+    for name, x in found[0].items():
+        parts = [results[name] for results in found]
+        if _per_token(name.removeprefix("d")):
+            joined[name] = np.concatenate(parts, axis=2)
+        else:
+            joined[name] = np.stack(parts, axis=1).reshape(-1, *x.shape[1:])
+    return joined
+
+
 def _with_roundings(case: Case, arrays: Arrays) -> tuple[Case, Arrays]:
     """The case with a batch of ROUNDINGS copies, whose operands carry random relative errors of a rounding's size."""
     rng = np.random.default_rng(0)
@@ -259,7 +293,7 @@ def _with_roundings(case: Case, arrays: Arrays) -> tuple[Case, Arrays]:
 
 def tolerances(case: Case, arrays: Arrays, exact: Arrays, device: str) -> dict[str, float]:
     """The tolerance on every tensor's error, as the module's docstring defines it."""
-    plain = run_torch(frontend("torch"), case.options() | {"backend": "reference"}, case, arrays, device)
+    plain = run_torch(frontend("torch", case.form), case.options() | {"backend": "reference"}, case, arrays, device)
     rounded = truth(*_with_roundings(case, arrays), device)
     found = {}
     for name, x in exact.items():

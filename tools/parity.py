@@ -73,14 +73,14 @@ def check_case(case: Case, *, backend: str = "interpret", device: str = "cpu", s
     arrays = make_inputs(case, seed)
     options = case.options() | {"backend": backend}
     results = {
-        framework: run(compare.frontend(framework), options, case, arrays, device)
+        framework: run(compare.frontend(framework, case.form), options, case, arrays, device)
         for framework, run in compare.RUN.items()
     }
     truth = compare.truth(case, arrays, device)
     rows = compare.compare(case, results, truth, compare.tolerances(case, arrays, truth, device))
     moved: set[str] = set()
     for _ in range(RERUNS[device]):
-        again = compare.run_torch(compare.frontend("torch"), options, case, arrays, device)
+        again = compare.run_torch(compare.frontend("torch", case.form), options, case, arrays, device)
         moved |= {name for name, x in again.items() if not compare.identical(x, results["torch"][name])}
     note = f"other bits in another run: {', '.join(sorted(moved))}" if moved else ""
     status = "ok" if all(row.ok for row in rows) and not moved else "FAILED"
