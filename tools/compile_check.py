@@ -34,7 +34,18 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 HEADS = ("64x64", "128x128", "128x256", "256x512")
 DTYPES = ("bfloat16", "float32")
 B, H, T = 2, 4, 520  # only strides come from these; T is ragged
-STATES = ("c_initial", "n_initial", "m_initial")
+LONG, SEQUENCES = 2100, 3  # of packed sequences: long enough for scans in segments
+# By name, the operator's options that other kernels come from.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "detached": {"normalizer_grad": "detached"},
+    "recurrent": {"form": "recurrent"},
+    "plain": {"input_gate": "sigmoid", "normalize": False},
+    "packed": {"packed": True, "layout": "bthd"},
+}
+# Those that are compiled for some targets, head dims and dtypes only, since they differ from the rest in little.
+HOPPER = ("sm_90", "128x256", "bfloat16")
+RARE = {"plain": (HOPPER,), "packed": (HOPPER, *((target, "64x64", "bfloat16") for target in TARGETS))}
 
 
 @dataclasses.dataclass
@@ -58,46 +69,59 @@ class Compiled:
         return self.shared <= self.shared_limit and self.same_as_jax is not False and not self.defects
 
 
-def _problem(heads: str, dtype: str, normalizer_grad: str) -> Any:
+def _problem(heads: str, dtype: str, changes: dict[str, Any]) -> Any:
     from kernels_triton.validation import ArrayInfo, check_call
 
     K, V = map(int, heads.split("x"))
-    shapes: dict[str, tuple[int, ...]] = {"q": (B, H, T, K), "k": (B, H, T, K), "v": (B, H, T, V)}
-    arrays = {name: ArrayInfo(shape, dtype, "") for name, shape in shapes.items()}
-    shapes = {"i": (B, H, T), "f": (B, H, T), "c_initial": (B, H, K, V), "n_initial": (B, H, K), "m_initial": (B, H)}
-    arrays |= {name: ArrayInfo(shape, "float32", "") for name, shape in shapes.items()}
     options: dict[str, Any] = {
+        "eps": 1e-6,
         "chunk_size": None,
         "qk_scale": None,
+        "normalizer_grad": "exact",
         "layout": "bhtd",
         "precision": "ieee",
         "backend": "auto",
-    }
-    return check_call(arrays, eps=1e-6, normalizer_grad=normalizer_grad, **options)
+    } | changes
+    packed = options.pop("packed", False)
+    tokens = (1, LONG, H) if packed else (B, H, T)
+    states = (SEQUENCES if packed else B, H)
+    shapes: dict[str, tuple[int, ...]] = {"q": (*tokens, K), "k": (*tokens, K), "v": (*tokens, V)}
+    arrays = {name: ArrayInfo(shape, dtype, "") for name, shape in shapes.items()}
+    shapes = {"i": tokens, "f": tokens, "c_initial": (*states, K, V), "n_initial": (*states, K), "m_initial": states}
+    arrays |= {name: ArrayInfo(shape, "float32", "") for name, shape in shapes.items()}
+    if packed:
+        arrays["cu_seqlens"] = ArrayInfo((SEQUENCES + 1,), "int32", "")
+    return check_call(arrays, **options)
 
 
 def _passes(
     heads: str, dtype: str, arch: str, descriptors: bool = False
 ) -> Iterator[tuple[str, Any, dict[str, tuple[tuple[int, ...], str]]]]:
-    """(variant, pass, its inputs' shapes and dtypes) for forward and backward, exact and detached."""
+    """(variant, pass, its inputs' shapes and dtypes); a variant's two passes, the forward ones first."""
     from kernels_triton import plan
 
-    for mode in ("exact", "detached"):
-        problem = dataclasses.replace(_problem(heads, dtype, mode), arch=arch, descriptors=descriptors)
-        forward, backward = plan.forward_pass(problem), plan.backward_pass(problem, None, True)
+    for variant, changes in VARIANTS.items():
+        if variant in RARE and (arch, heads, dtype) not in RARE[variant]:
+            continue
+        problem = dataclasses.replace(_problem(heads, dtype, changes), arch=arch, descriptors=descriptors)
+        forward = plan.forward_pass(problem)
+        tokens = (1, problem.T, H) if problem.sequences else (B, H, T)
         K, V = problem.K, problem.V
         known: dict[str, tuple[tuple[int, ...], str]] = {
-            name: ((B, H, T, D), dtype) for name, D in (("q", K), ("k", K), ("v", V), ("dh", V))
+            name: ((*tokens, D), dtype) for name, D in (("q", K), ("k", K), ("v", V), ("dh", V))
         }
-        known |= {name: ((B, H, T), "float32") for name in ("i", "f")}
+        known |= {name: (tokens, "float32") for name in ("i", "f")}
+        known["cu_seqlens"] = ((SEQUENCES + 1,), "int32")
         for suffix in ("initial", "last"):
-            for name, shape in (("c", (B, H, K, V)), ("n", (B, H, K)), ("m", (B, H))):
-                known[f"{name}_{suffix}"] = known[f"d{name}_{suffix}"] = (shape, "float32")
+            for name, shape in (("c", (K, V)), ("n", (K,)), ("m", ())):
+                known[f"{name}_{suffix}"] = known[f"d{name}_{suffix}"] = ((*problem.state_heads, *shape), "float32")
         for launch in forward.launches:
             known |= {buffer: (spec.shape, spec.dtype) for buffer, spec in launch.outputs.values()}
-        if mode == "exact":  # the forward pass does not depend on it
-            yield "forward", forward, {name: known[name] for name in forward.inputs}
-        yield mode, backward, {name: known[name] for name in backward.inputs}
+        if variant != "detached":  # the forward pass does not depend on it
+            yield "forward" if variant == "exact" else variant, forward, {name: known[name] for name in forward.inputs}
+        if variant != "recurrent":
+            backward = plan.backward_pass(problem, None, True)
+            yield variant, backward, {name: known[name] for name in backward.inputs}
 
 
 class Driver:
@@ -218,7 +242,7 @@ def _table(rows: list[Compiled]) -> Table:
     numeric = ("registers", "spills", "shared", "limit")
     for name in ("target", "K x V", "dtype", "kernel", "pass", *numeric, "PTX torch = JAX"):
         table.add_column(name, justify="right" if name in numeric else "left")
-    order = {name: i for i, name in enumerate(("forward", "exact", "detached"))}
+    order = {name: i for i, name in enumerate(("forward", *VARIANTS))}
     order |= {f"{name}, descriptors": i + 9 for name, i in order.items()}
     keys = {name: i for names in (TARGETS, HEADS, DTYPES) for i, name in enumerate(names)}
     rows.sort(key=lambda x: (keys[x.target], keys.get(x.heads, 9), keys.get(x.dtype, 9), order[x.variant]))
