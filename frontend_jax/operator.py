@@ -243,7 +243,7 @@ def mlstm_chunkwise(
         "backend": backend,
     }
     offsets: Any = cu_seqlens
-    if isinstance(offsets, np.ndarray) and offsets.ndim == 1 and len(offsets) > 1 and len(q.shape) == 4:
+    if isinstance(offsets, np.ndarray) and offsets.ndim == 1 and len(offsets) > 1 and layout == "bthd":
         packing.check_offsets(offsets.tolist(), q.shape[1])
     arrays = (q, k, v, i, f, c_initial, n_initial, m_initial, cu_seqlens, chunk_table)
     return apply(arrays, return_last_states, options)

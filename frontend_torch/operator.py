@@ -262,11 +262,12 @@ def _remember(key: Any, call: Call) -> None:
     _calls[key] = call
 
 
-def host_checked(cu_seqlens: Tensor | None, q: Any) -> Tensor | None:
+def host_checked(cu_seqlens: Tensor | None, q: Any, layout: str) -> Tensor | None:
     """Offsets on q's device; checked first where the host can read them without waiting for a GPU."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.device.type != "cpu" or not isinstance(q, Tensor):
         return cu_seqlens
-    if cu_seqlens.dim() == 1 and len(cu_seqlens) > 1 and q.dim() == 4 and not cu_seqlens.is_floating_point():
+    offsets = cu_seqlens.dim() == 1 and len(cu_seqlens) > 1 and not cu_seqlens.is_floating_point()
+    if offsets and q.dim() == 4 and layout == "bthd":  # of other things than offsets `check_call` speaks
         packing.check_offsets(cu_seqlens.tolist(), q.shape[1])
     return cu_seqlens.to(q.device, non_blocking=True)
 
@@ -376,6 +377,6 @@ def mlstm_chunkwise(
         "normalize": normalize,
         "backend": backend,
     }
-    tensors = (q, k, v, i, f, c_initial, n_initial, m_initial, host_checked(cu_seqlens, q), chunk_table)
+    tensors = (q, k, v, i, f, c_initial, n_initial, m_initial, host_checked(cu_seqlens, q, layout), chunk_table)
     h, last = apply(tensors, return_last_states, options)
     return (h, last) if return_last_states else h

@@ -109,7 +109,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 **self.packing,
             },
             {
-                "h": ("h", self._token_spec(p.V, p.dtype)),
+                "h": ("h", self._token_spec(p.V, self.h_dtype)),
                 "r": self._r(),
                 "d": ("d", Spec((p.B, p.H, p.T), "float32")) if store_d else ("unused_d", Spec((1,), "float32")),
             },

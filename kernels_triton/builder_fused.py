@@ -25,7 +25,7 @@ class FusedBuilder(LaunchBuilder):
                 **self.packing,
             },
             {
-                "h": ("h", self._token_spec(p.V, p.dtype)),
+                "h": ("h", self._token_spec(p.V, self.h_dtype)),
                 "r": self._r(),
                 "states": ("states", self.states_spec) if save else ("unused_states", Spec((1,), self.state_dtype)),
                 "norms": ("norms", self.norms_spec)

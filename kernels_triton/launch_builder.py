@@ -37,6 +37,8 @@ class LaunchBuilder:
         self.rows = (problem.B, problem.H, self.NT * self.L)
         self.strides: dict[str, Strides] = dict(problem.strides)
         self.state_dtype = "bfloat16" if problem.dtype == "bfloat16" else "float32"
+        # The backward pass of the recurrent form makes the chunkwise h for itself alone: no need to round it.
+        self.h_dtype = "float32" if problem.form == "recurrent" else problem.dtype
         # float16 has tf32's mantissa, so its weighted products lose nothing in tf32.
         self.precision = "tf32" if problem.dtype == "float16" else problem.precision
 

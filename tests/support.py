@@ -68,6 +68,7 @@ def make_case(
     V=24,
     *,
     seed=0,
+    N=None,
     dtype="float32",
     i_dtype="float32",
     f_dtype="float32",
@@ -88,6 +89,7 @@ def make_case(
     head, tokens = (B, H), (B, H, T)
     arrays = {"q": draw((*tokens, K), dtype), "k": draw((*tokens, K), dtype), "v": draw((*tokens, V), dtype)}
     arrays |= {"i": draw(tokens, i_dtype, i_mean), "f": draw(tokens, f_dtype, f_mean)}
+    head = (N or B, H)  # N: packed sequences
     state_shapes = ((*head, K, V), (*head, K), head)
     if states:
         arrays |= {n: draw(s, "float32", token=False) for n, s in zip(INPUTS[5:], state_shapes, strict=True)}

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import frontend_torch
-from kernels_triton import config, plan
+from kernels_triton import builder, config, plan
 from kernels_triton.launch_builder import LaunchBuilder
 from kernels_triton.problem import Problem, suits_descriptors
+from tests.support import run, same_bits
+from tests.test_packed import alone, packed_case, part, with_offsets
 from tests.test_plan import problem
 from tools.cases import Case
 from tools.parity import check_case
@@ -68,6 +70,22 @@ def test_variant(case, kernel, monkeypatch):
     assert scans == [1, 2] or not case.name.startswith(("segments", "split"))
     result = check_case(case)
     assert result.status == "ok", [(row.tensor, row.identical, row.errors, row.tolerance) for row in result.rows]
+
+
+def test_gates_in_two_launches_and_scans_in_segments_when_packed(monkeypatch):
+    """Packed sequences that are long enough: the same bits as alone. Gates in one launch: the same bits as in two."""
+    lengths = (530, 40)  # with chunks of 16, from 512 tokens on
+    case = packed_case(lengths, H=1, K=16, V=16)
+    packed = run("torch", case, "interpret", with_offsets(lengths))
+    for s, start, stop, own in alone(case, lengths):
+        same_bits(part(packed, s, start, stop), run("torch", own, "interpret"))
+    split = run("torch", own := next(alone(case, lengths))[3], "interpret")
+    names = {x.name for x in plan.forward_pass(problem(1, 1, 530, 16, 16, chunk_size=16)).launches}
+    assert {"gates_sums", "state_scan"} <= names
+    monkeypatch.setattr(builder, "MANY_HEADS", 0)
+    plan.forward_pass.cache_clear()
+    plan.backward_pass.cache_clear()
+    same_bits(split, run("torch", own, "interpret"))
 
 
 def test_no_gradient_no_states():
