@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,10 +13,11 @@ from torch import Tensor
 
 from kernels_triton import packing, reference
 from kernels_triton.backend import choose_backend
-from kernels_triton.problem import MAX_TOKEN_STRIDE, MIN_DESCRIPTORS, Problem, Strides, architecture, suits_descriptors
-from kernels_triton.validation import ArrayInfo, check_call
+from kernels_triton.problem import MIN_DESCRIPTORS, Problem
+from kernels_triton.validation import check_call
 
-from .executor import ALIGNMENT, dtype_name, dtype_of, run
+from .executor import ALIGNMENT, SAVED, dtype_of, run
+from .tensors import architecture_of, describe, head_strides, places, platform_of, readable, readable_argument, suits
 
 States = tuple[Float32[Tensor, "B H K V"], Float32[Tensor, "B H K"], Float32[Tensor, "B H"]]
 NAMES = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial")
@@ -26,57 +26,6 @@ ARGUMENTS = (*NAMES, "cu_seqlens", "chunk_table")  # the tensors' names to their
 # "0": never through tensor descriptors; "1": wherever they may be had; else where they pay. The same bits.
 descriptors = os.environ.get("MLSTM_DESCRIPTORS", "")
 MAX_CALLS = 4096
-
-
-def describe(name: str, x: Any) -> ArrayInfo | None:
-    """A tensor's facts for the shared checks."""
-    if x is None:
-        return None
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    return ArrayInfo(tuple(x.shape), dtype_name(x.dtype), str(x.device))
-
-
-def platform_of(x: Tensor) -> str:
-    """The name of a tensor's device platform, as the shared checks know it."""
-    return "rocm" if x.device.type == "cuda" and torch.version.hip else x.device.type
-
-
-@functools.cache
-def architecture_of(device: torch.device) -> str:
-    """The architecture of a device, as the tables of tile sizes know it."""
-    if device.type != "cuda":
-        return architecture("")
-    if torch.version.hip:
-        return architecture(torch.cuda.get_device_properties(device).gcnArchName)
-    major, minor = torch.cuda.get_device_capability(device)
-    return architecture(f"{major}.{minor}")
-
-
-def readable(x: Tensor, layout: str) -> Tensor:
-    """x itself if its last axis is contiguous and its tokens are not too far apart, else a contiguous copy."""
-    token = 1 if layout == "bthd" else 2
-    near = x.shape[token] == 1 or x.stride(token) <= MAX_TOKEN_STRIDE
-    return x if near and (x.shape[-1] == 1 or x.stride(-1) == 1) else x.contiguous()
-
-
-def _readable(name: str, x: Tensor | None, layout: str) -> Tensor | None:
-    """An argument in memory that the kernels can read: q, k, v as `readable`, any gates, contiguous states."""
-    if x is None or name in ("i", "f"):
-        return x
-    return readable(x, layout) if name in ("q", "k", "v") else x.contiguous()
-
-
-def head_strides(x: Tensor, layout: str) -> Strides:
-    """Strides of the batch, head and token axes. An axis of size 1 is never stepped along: its stride counts as 0."""
-    (n0, n1, n2, *_), (b, s1, s2, *_) = x.shape, x.stride()
-    b, s1, s2 = b if n0 > 1 else 0, s1 if n1 > 1 else 0, s2 if n2 > 1 else 0
-    return (b, s2, s1) if layout == "bthd" else (b, s1, s2)
-
-
-def _places(env: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    """Where the strided inputs of the backward pass are."""
-    return tuple((env[name].data_ptr(), env[name].stride()) for name in ("q", "k", "v", "i", "f") if name in env)
 
 
 class _FirstOnly(torch.autograd.Function):
@@ -107,9 +56,9 @@ class _Chunkwise(torch.autograd.Function):
         if not save:
             return tuple(results[name] for name in ("h", *plan.LAST))
         kept = plan.saved(problem, last)
-        saved = {name: x for name, x in (env | results).items() if name in kept}
+        saved = {name: x for name, x in (env | results).items() if name in kept or name == SAVED}
         ctx.arguments = len(tensors)
-        ctx.problem, ctx.backend, ctx.names, ctx.places = problem, backend, tuple(saved), _places(saved)
+        ctx.problem, ctx.backend, ctx.names, ctx.places = problem, backend, tuple(saved), places(saved)
         ctx.save_for_backward(*saved.values())
         ctx.set_materialize_grads(False)
         return tuple(results[name] for name in ("h", *plan.LAST))
@@ -120,13 +69,13 @@ class _Chunkwise(torch.autograd.Function):
 
         problem: Problem = ctx.problem
         env = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        if _places(env) != ctx.places:  # hooks on saved tensors (offloading, say) may bring them back in other memory
+        if places(env) != ctx.places:  # hooks on saved tensors (offloading, say) may bring them back in other memory
             strides = {n: head_strides(env[n], problem.layout) if n in env else s for n, s in problem.strides}
-            suit = problem.descriptors and all(_suits(env[name]) for name in ("q", "k", "v"))
+            suit = problem.descriptors and all(suits(env[name]) for name in ("q", "k", "v"))
             problem = dataclasses.replace(problem, strides=tuple(strides.items()), descriptors=suit)
         dh, *dlast = cotangents
         env["dh"] = torch.zeros_like(env["v"]) if dh is None else readable(dh, problem.layout)
-        if problem.descriptors and not _suits(env["dh"]):
+        if problem.descriptors and not suits(env["dh"]):
             env["dh"] = env["dh"].clone(memory_format=torch.contiguous_format)
         has_dlast = any(x is not None for x in dlast)
         if has_dlast:
@@ -136,7 +85,7 @@ class _Chunkwise(torch.autograd.Function):
                 env[f"d{name}"] = env["q"].new_zeros(shape, dtype=torch.float32) if x is None else x.contiguous()
         program = plan.backward_pass(problem, head_strides(env["dh"], problem.layout), has_dlast)
         with torch.no_grad():
-            results = run(program, {name: x.detach() for name, x in env.items()}, ctx.backend)
+            results = run(program, env, ctx.backend, earlier=plan.forward_pass(problem))
         if torch.is_grad_enabled():  # create_graph: a constant cotangent must not make the gradients look constant
             anchors = [x for x in env.values() if x.requires_grad]
             results = dict(zip(results, _FirstOnly.apply(len(anchors), *anchors, *results.values()), strict=True))
@@ -151,11 +100,7 @@ def _descriptors(problem: Problem, backend: str, tensors: tuple[Tensor | None, .
         return False
     if descriptors != "1" and q.numel() + v.numel() < MIN_DESCRIPTORS:
         return False
-    return architecture_of(q.device) == "sm_90" and all(_suits(x) for x in (q, k, v))
-
-
-def _suits(x: Tensor) -> bool:
-    return suits_descriptors(tuple(x.shape), x.stride(), x.element_size(), x.data_ptr())
+    return architecture_of(q.device) == "sm_90" and all(suits(x) for x in (q, k, v))
 
 
 def run_reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, States]:
@@ -289,7 +234,7 @@ def apply(
         backend = choose_backend(options["backend"], platform_of(q))
         if backend != "reference":
             given = tensors
-            tensors = tuple(_readable(n, x, problem.layout) for n, x in zip(ARGUMENTS, tensors, strict=False))
+            tensors = tuple(readable_argument(n, x, problem.layout) for n, x in zip(ARGUMENTS, tensors, strict=False))
             call = _settle(problem, backend, tensors)
             if all(x is y for x, y in zip(tensors, given, strict=True)) and _aligned(tensors):
                 _remember(key, call)

@@ -13,7 +13,7 @@ from kernels_triton.backend import choose_backend
 from kernels_triton.validation import check_table
 
 from .executor import run
-from .operator import describe, platform_of
+from .tensors import describe, platform_of
 
 
 def make_chunk_table(

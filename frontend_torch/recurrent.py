@@ -13,18 +13,8 @@ from kernels_triton.backend import choose_backend
 from kernels_triton.validation import check_step
 
 from .executor import run
-from .operator import (
-    NAMES,
-    Call,
-    States,
-    apply,
-    architecture_of,
-    call_key,
-    describe,
-    platform_of,
-    run_kernels,
-    run_reference,
-)
+from .operator import NAMES, Call, States, apply, call_key, run_kernels, run_reference
+from .tensors import architecture_of, describe, platform_of
 
 STEP = ("q", "k", "v", "i", "f", "c", "n", "m")
 OUT = tuple(f"out_states[{x}]" for x in range(3))

@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .launch import Pass
-
-_WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
+from .launch import WIDTHS, Pass
 
 
 class HostArray:
@@ -52,7 +50,7 @@ class HostArray:
 
 def empty(shape: tuple[int, ...], dtype: str) -> tuple[HostArray, np.ndarray]:
     """A new host array and its bytes (shape, with the element size as last axis), poisoned so that a gap shows."""
-    raw = np.full((*shape, _WIDTHS[dtype]), 0xFF, np.uint8)
+    raw = np.full((*shape, WIDTHS[dtype]), 0xFF, np.uint8)
     return HostArray(raw.ctypes.data, dtype, raw), raw
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +81,15 @@ class Launch:
         return tuple(self.constexprs[name] for name in _parameters(self.kernel)[1])
 
     @functools.cached_property
+    def arguments(self) -> tuple[Operand, ...]:
+        """The run-time arguments in the kernel's order, outputs by their buffers' names."""
+        return (*self.operands.values(), *(buffer for buffer, _ in self.outputs.values()))
+
+    @functools.cached_property
+    def reads_descriptors(self) -> bool:
+        return any(isinstance(x, Descriptor) for x in self.operands.values())
+
+    @functools.cached_property
     def compiled(self) -> dict[Any, Any]:
         """What an executor keeps from one run of this launch to the next; it lives as long as the plan does."""
         return {}
@@ -90,21 +101,57 @@ class Launch:
         return tuple(x for x in named if isinstance(x, str))
 
 
+# Bytes of a buffer up to which it shares memory with others, and what its place is a multiple of.
+SMALL, STEP = 2**21, 256
+WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
+
+
+@dataclass(frozen=True)
+class Arena:
+    """Small buffers in one piece of memory: making many costs the host more than a GPU takes to fill them."""
+
+    places: Mapping[str, int]  # each buffer's first byte
+    size: int
+
+
 @dataclass(frozen=True)
 class Pass:
-    """Launches in order, the buffers they start from, and those to hand on."""
+    """Launches in order, the buffers they start from, and those to hand on; `saved`: to a later pass alone."""
 
     launches: tuple[Launch, ...]
     inputs: tuple[str, ...]
     results: tuple[str, ...]
+    saved: tuple[str, ...] = ()
 
     def spec(self, name: str) -> Spec:
         """The shape and dtype of a buffer that the pass creates."""
+        return self.specs[name]
+
+    @functools.cached_property
+    def arenas(self) -> tuple[Arena, Arena]:
+        """Of the small buffers to save, and of those that nothing needs after the pass.
+
+        None where a descriptor is read: that needs a tensor, and such a pass is large.
+        """
+        sizes: dict[str, int] = {}
         for launch in self.launches:
+            if launch.reads_descriptors:
+                return Arena({}, 0), Arena({}, 0)
             for buffer, spec in launch.outputs.values():
-                if buffer == name:
-                    return spec
-        raise KeyError(name)
+                sizes[buffer] = max(sizes.get(buffer, 0), math.prod(spec.shape) * WIDTHS[spec.dtype])
+        small = {name: size for name, size in sizes.items() if size <= SMALL}
+        scratch = [name for name in small if name not in self.results]
+        return self._arena(small, [x for x in self.saved if x in small]), self._arena(small, scratch)
+
+    @staticmethod
+    def _arena(sizes: Mapping[str, int], names: Sequence[str]) -> Arena:
+        ends = list(itertools.accumulate((-(-sizes[name] // STEP) * STEP for name in names), initial=0))
+        return Arena(dict(zip(names, ends, strict=False)), ends[-1])
+
+    @functools.cached_property
+    def specs(self) -> Mapping[str, Spec]:
+        """Every buffer that the pass creates."""
+        return {buffer: spec for launch in self.launches for buffer, spec in launch.outputs.values()}
 
     @functools.cached_property
     def spent(self) -> tuple[tuple[str, ...], ...]:

@@ -55,8 +55,9 @@ def forward_pass(problem: Problem, save: bool = True, config: Config | None = No
     if _is_recurrent(problem, save):
         return Pass((b.recurrent(),), _inputs(problem), ("h", *LAST))
     table = ("chunks",) if b.packed and not problem.has_table else ()
-    results = dict.fromkeys(("h", *LAST, *((*table, *_saved(b)) if save else ())))
-    return Pass(tuple(_forward(b, save and problem.save_states)), _inputs(problem), tuple(results))
+    own = ("h", *LAST)
+    saved = tuple(x for x in (*table, *_saved(b)) if x not in own) if save else ()
+    return Pass(tuple(_forward(b, save and problem.save_states)), _inputs(problem), (*own, *saved), saved)
 
 
 @functools.lru_cache(maxsize=1024)

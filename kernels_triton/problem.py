@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 Strides = tuple[int, int, int]
 
@@ -70,6 +71,13 @@ class Problem:
     has_table: bool = False  # the packed sequences' chunk table is given
     donate: bool = False  # C is written where it was read, in JAX: for a donated array
     descriptors: bool = False  # read q, k, v and states through tensor descriptors: the same bits, sooner
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:  # kept: each call looks its plans up by it
+        return self._hash
 
     @property
     def exact(self) -> bool:

@@ -123,7 +123,7 @@ def test_bad_company(framework, backend):
     )
     with pytest.raises(ValueError, match="chunk_size: expected that of the chunk_table, got None"):
         call(framework, case, backend, np.array([0, 4]), chunk_table=table, chunk_size=None)
-    with pytest.raises(ValueError, match=r"chunk_table: expected shape .* = \(8,\), got \(5,\)"):
+    with pytest.raises(ValueError, match=r"chunk_table: expected shape .* = \(9,\), got \(5,\)"):
         call(framework, case, backend, np.array([0, 2, 4]), chunk_table=table)
 
 

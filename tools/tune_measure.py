@@ -51,7 +51,7 @@ def this_architecture() -> str:
     """Of the GPU here. Raises ValueError without one."""
     if not torch.cuda.is_available():
         raise ValueError("target: expected an architecture such as sm_90, since this machine has no GPU")
-    from frontend_torch.operator import architecture_of
+    from frontend_torch.tensors import architecture_of
 
     return architecture_of(torch.device("cuda"))
 
@@ -167,6 +167,8 @@ class Bench:
 
         def call() -> None:
             for launch in launches:
+                for buffer, _ in launch.outputs.values():
+                    env.pop(buffer, None)
                 self.executor.launch_one(launch, env, env["q"].device)
 
         return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
@@ -199,6 +201,7 @@ class Bench:
 
     def _results(self, problem: Problem, config: Config, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         env = dict(inputs)
-        env |= self.executor.launch_all(plan.forward_pass(problem, True, config), env)
-        gradients = self.executor.launch_all(plan.backward_pass(problem, None, False, config), env)
+        forward = plan.forward_pass(problem, True, config)
+        env |= self.executor.launch_all(forward, env)
+        gradients = self.executor.launch_all(plan.backward_pass(problem, None, False, config), env, earlier=forward)
         return {"h": env["h"], **gradients}

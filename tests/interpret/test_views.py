@@ -60,9 +60,9 @@ def seen(monkeypatch):
     passes = []
     run = frontend_torch.operator.run
 
-    def recorded(program, tensors, backend):
+    def recorded(program, tensors, backend, **others):
         passes.append(dict(tensors))
-        return run(program, tensors, backend)
+        return run(program, tensors, backend, **others)
 
     monkeypatch.setattr(frontend_torch.operator, "run", recorded)
     return passes

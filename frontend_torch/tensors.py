@@ -1,0 +1,71 @@
+"""What a plan needs to know of a tensor, and tensors in memory that the kernels can read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels_triton.problem import MAX_TOKEN_STRIDE, Strides, architecture, suits_descriptors
+from kernels_triton.validation import ArrayInfo
+
+from .executor import dtype_name
+
+
+def describe(name: str, x: Any) -> ArrayInfo | None:
+    """A tensor's facts for the shared checks."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    return ArrayInfo(tuple(x.shape), dtype_name(x.dtype), str(x.device))
+
+
+def platform_of(x: Tensor) -> str:
+    """The name of a tensor's device platform, as the shared checks know it."""
+    return "rocm" if x.device.type == "cuda" and torch.version.hip else x.device.type
+
+
+@functools.cache
+def architecture_of(device: torch.device) -> str:
+    """The architecture of a device, as the tables of tile sizes know it."""
+    if device.type != "cuda":
+        return architecture("")
+    if torch.version.hip:
+        return architecture(torch.cuda.get_device_properties(device).gcnArchName)
+    major, minor = torch.cuda.get_device_capability(device)
+    return architecture(f"{major}.{minor}")
+
+
+def readable(x: Tensor, layout: str) -> Tensor:
+    """x itself if its last axis is contiguous and its tokens are not too far apart, else a contiguous copy."""
+    token = 1 if layout == "bthd" else 2
+    near = x.shape[token] == 1 or x.stride(token) <= MAX_TOKEN_STRIDE
+    return x if near and (x.shape[-1] == 1 or x.stride(-1) == 1) else x.contiguous()
+
+
+def readable_argument(name: str, x: Tensor | None, layout: str) -> Tensor | None:
+    """An argument in memory that the kernels can read: q, k, v as `readable`, any gates, contiguous states."""
+    if x is None or name in ("i", "f"):
+        return x
+    return readable(x, layout) if name in ("q", "k", "v") else x.contiguous()
+
+
+def head_strides(x: Tensor, layout: str) -> Strides:
+    """Strides of the batch, head and token axes. An axis of size 1 is never stepped along: its stride counts as 0."""
+    (n0, n1, n2, *_), (b, s1, s2, *_) = x.shape, x.stride()
+    b, s1, s2 = b if n0 > 1 else 0, s1 if n1 > 1 else 0, s2 if n2 > 1 else 0
+    return (b, s2, s1) if layout == "bthd" else (b, s1, s2)
+
+
+def places(env: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """Where the strided inputs of the backward pass are."""
+    return tuple((env[name].data_ptr(), env[name].stride()) for name in ("q", "k", "v", "i", "f") if name in env)
+
+
+def suits(x: Tensor) -> bool:
+    """Whether x can be read through a tensor descriptor."""
+    return suits_descriptors(tuple(x.shape), x.stride(), x.element_size(), x.data_ptr())
