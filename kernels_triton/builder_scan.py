@@ -10,8 +10,8 @@ from .kernels.state import FOLLOW, ONE, SUM
 from .launch import Launch, Spec
 from .launch_builder import LaunchBuilder, cdiv
 
-# What each segment adds to the state and to n, and what it leaves of them.
-SUMS = ("sums", "norm_sums", "decays")
+# What each segment adds to the state and to n, and what it leaves of them: parameters and buffers.
+SUMS = {"sums": "segment_sums", "norm_sums": "segment_norm_sums", "decays": "segment_decays"}
 
 
 class ScanBuilder(LaunchBuilder):
@@ -59,7 +59,7 @@ class ScanBuilder(LaunchBuilder):
                 "u": "state_delta" if backward else None,
                 "gamma": "gamma",
                 **operands,
-                **{name: name if segments.value == FOLLOW.value else None for name in SUMS},
+                **{x: name if segments.value == FOLLOW.value else None for x, name in SUMS.items()},
                 "segment": cdiv(self.NT, count) if count > 1 and not self.packed else 0,
                 **self.packing,
             },
@@ -105,12 +105,13 @@ class ScanBuilder(LaunchBuilder):
             return (self._scan(backward, ONE, operands, outputs, **flags),)
         # Of packed sequences a segment's place follows from its first chunk: of those kept none has fewer than four.
         of = (p.H, self.NT // 4 + 1) if self.packed else (*head, count - 1)
+        added, norms_added, left = SUMS.values()
         sums = (
             ("unused_states", Spec((1,), self.state_dtype)),
             ("unused_norms", Spec((1,), "float32")),
-            (SUMS[0], Spec((*of, p.K, p.V), "float32")),
-            (SUMS[1], Spec((*of, p.K), "float32")),
-            (SUMS[2], Spec(of, "float32")),
+            (added, Spec((*of, p.K, p.V), "float32")),
+            (norms_added, Spec((*of, p.K), "float32")),
+            (left, Spec(of, "float32")),
         )
         nothing, no_flags = dict.fromkeys(operands), dict.fromkeys(flags, False) | {"HAS_NORMS": flags["HAS_NORMS"]}
         return (

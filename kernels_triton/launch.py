@@ -133,12 +133,9 @@ class Pass:
 
         None where a descriptor is read: that needs a tensor, and such a pass is large.
         """
-        sizes: dict[str, int] = {}
-        for launch in self.launches:
-            if launch.reads_descriptors:
-                return Arena({}, 0), Arena({}, 0)
-            for buffer, spec in launch.outputs.values():
-                sizes[buffer] = max(sizes.get(buffer, 0), math.prod(spec.shape) * WIDTHS[spec.dtype])
+        if any(launch.reads_descriptors for launch in self.launches):
+            return Arena({}, 0), Arena({}, 0)
+        sizes = {name: math.prod(spec.shape) * WIDTHS[spec.dtype] for name, spec in self.specs.items()}
         small = {name: size for name, size in sizes.items() if size <= SMALL}
         scratch = [name for name in small if name not in self.results]
         return self._arena(small, [x for x in self.saved if x in small]), self._arena(small, scratch)
@@ -150,8 +147,16 @@ class Pass:
 
     @functools.cached_property
     def specs(self) -> Mapping[str, Spec]:
-        """Every buffer that the pass creates."""
-        return {buffer: spec for launch in self.launches for buffer, spec in launch.outputs.values()}
+        """Every buffer that the pass creates; one name is one buffer."""
+        found: dict[str, Spec] = {}
+        for launch in self.launches:
+            for buffer, spec in launch.outputs.values():
+                if found.setdefault(buffer, spec) != spec:
+                    raise TypeError(f"{launch.name}: {buffer}: expected {found[buffer]} as before, got {spec}")
+        return found
+
+    def __post_init__(self) -> None:
+        _ = self.specs
 
     @functools.cached_property
     def spent(self) -> tuple[tuple[str, ...], ...]:
