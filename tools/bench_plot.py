@@ -221,6 +221,6 @@ def draw_all(report: Report, folder: Path) -> list[Path]:
             figure = make(report)
             if figure:
                 paths.append(folder / f"bench-{name}.png")
-                figure.savefig(paths[-1], dpi=130)
+                figure.savefig(paths[-1], dpi=130, bbox_inches="tight")
                 plt.close(figure)
     return paths
