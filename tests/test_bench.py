@@ -1,5 +1,6 @@
 """The benchmark tool: floors, tables of cases, results as JSON, comparison, pictures, and a run on a CPU."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -253,8 +254,14 @@ def test_interrupted_run_writes_what_it_has(tmp_path):
     assert process.stdout is not None
     process.stdout.readline()  # the facts: it is about to measure
     time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        for _ in range(3):  # on a busy machine the first may hit an import, and be lost in it
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                out, err = process.communicate(timeout=30)
+                break
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert "interrupted" in out
     assert json.loads((tmp_path / "out.json").read_text())["complete"] is False

@@ -43,14 +43,14 @@ def in_steps(first: int, step):
 @pytest.mark.parametrize("options", OPTIONS, ids=["exponential", "sigmoid", "plain"])
 @pytest.mark.parametrize("states", [True, False], ids=["states", "no-states"])
 def test_recurrent(framework, backend, options, states):
-    case = make_case(T=9, states=states, **options)
+    case = make_case(T=5, states=states, **options)
     check(run(framework, case, backend, operator="mlstm_recurrent"), case)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("K, V", [(1, 3), (33, 130)])
 def test_recurrent_in_other_shapes(framework, backend, dtype, K, V):
-    case = make_case(H=1, T=5, K=K, V=V, dtype=dtype, layout="bthd", f_dtype="bfloat16")
+    case = make_case(H=1, T=3, K=K, V=V, dtype=dtype, layout="bthd", f_dtype="bfloat16")
     check(run(framework, case, backend, operator="mlstm_recurrent"), case)
 
 
