@@ -3,8 +3,9 @@
 from .chunk_backward import chunk_backward
 from .chunk_forward import chunk_forward
 from .fused import fused_backward, fused_forward
-from .gates import gates_forward, gates_sums
+from .gates import gates_forward
 from .gates_backward import gates_backward
+from .gates_sums import gates_sums
 from .normaliser import normaliser_backward
 from .packing import chunk_table
 from .recurrent import recurrent

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .common import cast, contiguous_rows, load_vector, store_vector
-from .gates import log_forget
+from .gates_sums import log_forget
 
 
 @triton.jit(
