@@ -17,7 +17,7 @@ from kernels_triton.backend import choose_backend
 from kernels_triton.problem import Problem, architecture
 from kernels_triton.validation import ArrayInfo, check_call
 
-from .executor import run, varying
+from .executor import run_batched, varying
 
 States = tuple[Float32[Array, "B H K V"], Float32[Array, "B H K"], Float32[Array, "B H"]]
 NAMES = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial")
@@ -78,13 +78,14 @@ def kernels_call(static: Static, arrays: Arrays) -> Any:
     """The kernels' forward pass; differentiated, their two passes."""
     from kernels_triton import plan
 
-    return _outputs(static, run(plan.forward_pass(static.problem, False), arrays, static.backend))
+    make = functools.partial(plan.forward_pass, save=False)
+    return _outputs(static, run_batched(make, static.problem, arrays, static.backend))
 
 
 def _forward(static: Static, arrays: Arrays) -> tuple[Any, Arrays]:
     from kernels_triton import plan
 
-    results = run(plan.forward_pass(static.problem), arrays, static.backend)
+    results = run_batched(plan.forward_pass, static.problem, arrays, static.backend)
     kept = plan.saved(static.problem, static.return_last_states)
     return _outputs(static, results), {name: x for name, x in (arrays | results).items() if name in kept}
 
@@ -98,7 +99,8 @@ def _backward(static: Static, saved: Arrays, cotangents: Any) -> tuple[Arrays]:
         env.update((f"d{name}", x) for name, x in zip(plan.LAST, dlast, strict=True))
     else:
         env["dh"] = cotangents
-    results = run(plan.backward_pass(static.problem, None, static.return_last_states), env, static.backend)
+    make = functools.partial(plan.backward_pass, has_dlast=static.return_last_states)
+    results = run_batched(make, static.problem, env, static.backend)
     gradients: dict[str, Any] = {name.removeprefix("d"): x for name, x in results.items()}
     return (gradients | {name: np.zeros(shape, jax.dtypes.float0) for name, shape in static.integers},)
 

@@ -149,3 +149,51 @@ def test_donated_states(backend):
     assert np.array_equal(h, h_donated)
     for x, y, name in zip(got, want, LAST, strict=True):
         assert np.array_equal(x, y), name
+
+
+# Of a batch in front, in the middle, and of two; some arguments shared.
+@pytest.mark.parametrize("in_axes", [0, 2, (0, 1)], ids=str)
+def test_vmap(backend, in_axes):
+    """Values and gradients of a loop; on the kernels the bits of one larger batch."""
+    axes = in_axes if isinstance(in_axes, tuple) else (in_axes,)
+    rng = np.random.default_rng(3)
+    many = {"q": ARRAYS["q"], "k": ARRAYS["k"]}
+    for axis in axes:
+        many = {n: jnp.stack([x, x * rng.standard_normal(x.shape, np.float32)], axis) for n, x in many.items()}
+    shared = {n: x for n, x in ARRAYS.items() if n not in many}
+
+    def gradients(mapped):
+        return jax.value_and_grad(
+            lambda x: (mlstm_chunkwise(**x, **shared, **CASE.options, backend=backend) * DH).sum()
+        )(mapped)
+
+    mapped = gradients
+    for axis in axes:
+        mapped = jax.vmap(mapped, in_axes=({"q": axis, "k": axis},))
+    values, got = mapped(many)
+    for place in np.ndindex(values.shape):
+        one = many
+        for axis, n in zip(reversed(axes), place, strict=True):
+            one = {name: jnp.take(x, n, axis) for name, x in one.items()}
+        value, want = gradients(one)
+        np.testing.assert_allclose(values[place], value, rtol=1e-5)
+        for name, x in want.items():
+            if backend == "reference":
+                np.testing.assert_allclose(got[name][place], x, rtol=1e-4, atol=1e-5)
+            else:
+                np.testing.assert_array_equal(got[name][place], x)
+
+
+def test_vmap_of_packed_sequences(backend):
+    arrays = {n: jnp.asarray(np.moveaxis(x[:1], 1, 2)) for n, x in CASE.arrays.items()}
+    many = jnp.stack([arrays["q"], 2 * arrays["q"]])
+    offsets = jnp.array([[0, 9, 19], [0, 0, 19]])
+
+    def h(q, cu_seqlens):
+        return mlstm_chunkwise(
+            **{**arrays, "q": q}, layout="bthd", chunk_size=16, cu_seqlens=cu_seqlens, backend=backend
+        )
+
+    got = jax.vmap(h)(many, offsets)
+    for n in range(2):
+        np.testing.assert_allclose(got[n], h(many[n], offsets[n]), rtol=1e-5, atol=1e-6)
