@@ -104,7 +104,11 @@ def no_launch(monkeypatch):
     def launched(*_, **__):
         raise AssertionError("something was executed")
 
-    for name in ("frontend_torch.operator.run", "frontend_jax.operator.run", "kernels_triton.reference.chunkwise"):
+    for name in (
+        "frontend_torch.operator.run",
+        "frontend_jax.operator.run_batched",
+        "kernels_triton.reference.chunkwise",
+    ):
         monkeypatch.setattr(name, launched)
 
 

@@ -241,15 +241,24 @@ def test_bad_arguments(tmp_path):
         assert "expected" in done.stderr
 
 
+# The background jobs of a shell ignore the signal, and so does what they start.
+HEEDING_CTRL_C = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("tools.bench", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_interrupted_run_writes_what_it_has(tmp_path):
+    arguments = command(tmp_path, "--device", "cpu", "--rounds", "1000000", "--implementations", "*eager")
+    assert arguments[:3] == [sys.executable, "-m", "tools.bench"]
     process = subprocess.Popen(
-        command(tmp_path, "--device", "cpu", "--rounds", "1000000", "--implementations", "*eager"),
+        [sys.executable, "-c", HEEDING_CTRL_C, *arguments[3:]],
         cwd=ROOT,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     assert process.stdout is not None
     process.stdout.readline()  # the facts: it is about to measure
