@@ -85,7 +85,7 @@ class _Chunkwise(torch.autograd.Function):
                 env[f"d{name}"] = env["q"].new_zeros(shape, dtype=torch.float32) if x is None else x.contiguous()
         program = plan.backward_pass(problem, head_strides(env["dh"], problem.layout), has_dlast)
         with torch.no_grad():
-            results = run(program, env, ctx.backend, earlier=plan.forward_pass(problem))
+            results = run(program, env, ctx.backend, earlier=plan.forward_pass(problem, True))
         if torch.is_grad_enabled():  # create_graph: a constant cotangent must not make the gradients look constant
             anchors = [x for x in env.values() if x.requires_grad]
             results = dict(zip(results, _FirstOnly.apply(len(anchors), *anchors, *results.values()), strict=True))

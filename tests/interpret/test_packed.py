@@ -19,10 +19,10 @@ def test_other_lengths_compile_nothing(framework, backend):
     """Offsets are data: JAX traces once for any lengths, and no launch depends on them."""
     case = packed_case((9, 8), H=1, states=False, cotangents=("h",))
     if framework == "torch":
-        before = plan.forward_pass.cache_info().misses
+        plan.forward_pass.cache_clear()
         for lengths in ((9, 8), (17, 0), (2, 15)):
             run(framework, case, backend, with_offsets(lengths))
-        assert plan.forward_pass.cache_info().misses <= before + 1
+        assert plan.forward_pass.cache_info().misses == 1
         return
     traced = []
 
