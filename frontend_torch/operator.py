@@ -2,215 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import os
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float, Float32, Int, Int32
 from torch import Tensor
 
-from kernels_triton import packing, reference
-from kernels_triton.backend import choose_backend
-from kernels_triton.problem import MIN_DESCRIPTORS, Problem
-from kernels_triton.validation import check_call
+from kernels_triton import packing
 
-from .executor import ALIGNMENT, SAVED, dtype_of, run
-from .tensors import architecture_of, describe, head_strides, places, platform_of, readable, readable_argument, suits
+from . import library
+from .adapter import run_kernels
+from .calls import Tensors, settle
+from .reference import run_reference
 
 States = tuple[Float32[Tensor, "B H K V"], Float32[Tensor, "B H K"], Float32[Tensor, "B H"]]
-NAMES = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial")
-PACKED = ("cu_seqlens", "chunks")  # for packed sequences: their offsets, their chunk table
-ARGUMENTS = (*NAMES, "cu_seqlens", "chunk_table")  # the tensors' names to their callers
-# "0": never through tensor descriptors; "1": wherever they may be had; else where they pay. The same bits.
-descriptors = os.environ.get("MLSTM_DESCRIPTORS", "")
-MAX_CALLS = 4096
-
-
-class _FirstOnly(torch.autograd.Function):
-    """Gradients as they are, whose own derivatives are refused; `anchors`, n of them, are what they depend on."""
-
-    @staticmethod
-    def forward(ctx: Any, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.view_as(x) for x in tensors[n:])
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> Any:
-        raise RuntimeError(
-            "mlstm_chunkwise: expected a first derivative, got a call to differentiate twice; use backend='reference'"
-        )
-
-
-class _Chunkwise(torch.autograd.Function):
-    """The kernels' two passes. Tensors are (B, H, T, ...) or (B, T, H, ...) as the problem's layout says."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, problem: Problem, backend: str, save: bool, last: bool, *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        from kernels_triton import plan
-
-        env = {name: x for name, x in zip((*NAMES, *PACKED), tensors, strict=False) if x is not None}
-        results = run(plan.forward_pass(problem, save), env, backend)
-        if not save:
-            return tuple(results[name] for name in ("h", *plan.LAST))
-        kept = plan.saved(problem, last)
-        saved = {name: x for name, x in (env | results).items() if name in kept or name == SAVED}
-        ctx.arguments = len(tensors)
-        ctx.problem, ctx.backend, ctx.names, ctx.places = problem, backend, tuple(saved), places(saved)
-        ctx.save_for_backward(*saved.values())
-        ctx.set_materialize_grads(False)
-        return tuple(results[name] for name in ("h", *plan.LAST))
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        from kernels_triton import plan
-
-        problem: Problem = ctx.problem
-        env = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        if places(env) != ctx.places:  # hooks on saved tensors (offloading, say) may bring them back in other memory
-            strides = {n: head_strides(env[n], problem.layout) if n in env else s for n, s in problem.strides}
-            suit = problem.descriptors and all(suits(env[name]) for name in ("q", "k", "v"))
-            problem = dataclasses.replace(problem, strides=tuple(strides.items()), descriptors=suit)
-        dh, *dlast = cotangents
-        env["dh"] = torch.zeros_like(env["v"]) if dh is None else readable(dh, problem.layout)
-        if problem.descriptors and not suits(env["dh"]):
-            env["dh"] = env["dh"].clone(memory_format=torch.contiguous_format)
-        has_dlast = any(x is not None for x in dlast)
-        if has_dlast:
-            head = problem.state_heads
-            shapes = ((*head, problem.K, problem.V), (*head, problem.K), head)
-            for name, shape, x in zip(plan.LAST, shapes, dlast, strict=True):
-                env[f"d{name}"] = env["q"].new_zeros(shape, dtype=torch.float32) if x is None else x.contiguous()
-        program = plan.backward_pass(problem, head_strides(env["dh"], problem.layout), has_dlast)
-        with torch.no_grad():
-            results = run(program, env, ctx.backend, earlier=plan.forward_pass(problem, True))
-        if torch.is_grad_enabled():  # create_graph: a constant cotangent must not make the gradients look constant
-            anchors = [x for x in env.values() if x.requires_grad]
-            results = dict(zip(results, _FirstOnly.apply(len(anchors), *anchors, *results.values()), strict=True))
-        packed = (None,) * (ctx.arguments - len(NAMES))
-        return (None, None, None, None, *(results.get(f"d{name}") for name in NAMES), *packed)
-
-
-def _descriptors(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether this call reads its tensors through descriptors: on Hopper, where they were measured."""
-    q, k, v = (x for x in tensors[:3] if x is not None)
-    if backend != "triton" or problem.dtype != "bfloat16" or descriptors == "0" or platform_of(q) != "cuda":
-        return False
-    if descriptors != "1" and q.numel() + v.numel() < MIN_DESCRIPTORS:
-        return False
-    return architecture_of(q.device) == "sm_90" and all(suits(x) for x in (q, k, v))
-
-
-def run_reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, States]:
-    """The readable reference in float32."""
-    q, k, v, i, f, *states = tensors[:8]
-    assert q is not None and k is not None and v is not None and i is not None and f is not None
-    if problem.layout == "bthd":
-        q, k, v, i, f = (x.transpose(1, 2) for x in (q, k, v, i, f))
-    q, k, i, f = (x.to(torch.float32) for x in (q, k, i, f))
-    head = problem.state_heads
-    shapes = ((*head, problem.K, problem.V), (*head, problem.K), head)
-    c, n, m = (
-        q.new_zeros(shape) if x is None else x.to(torch.float32) for shape, x in zip(shapes, states, strict=True)
-    )
-    cell: Any = reference.recurrent
-    if problem.form == "chunkwise":
-        cell = functools.partial(reference.chunkwise, chunk_size=problem.chunk_size or 64)
-    cell = functools.partial(
-        cell,
-        scale=problem.scale,
-        eps=problem.eps,
-        normalizer_grad=problem.normalizer_grad,
-        stop_gradient=Tensor.detach,
-        input_gate=problem.input_gate,
-        normalize=problem.normalize,
-    )
-    tokens = (q, k, v.to(torch.float32), i, f)
-    if problem.sequences:
-        h, last = packing.reference(cell, tensors[8], tokens, (c, n, m))
-    else:
-        h, last = cell(*tokens, c, n, m)
-    h = h.to(v.dtype)
-    return (h.transpose(1, 2) if problem.layout == "bthd" else h), (last[0].to(dtype_of(problem.c_dtype)), *last[1:])
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """What is settled before the kernels run, for arguments of given shapes, strides and dtypes."""
-
-    problem: Problem
-    backend: str
-    transposed: bool  # tokens before heads in memory, though not in the layout
-
-
-def _settle(problem: Problem, backend: str, tensors: tuple[Tensor | None, ...]) -> Call:
-    strides = {
-        name: head_strides(x, problem.layout) for name, x in zip(NAMES[:5], tensors, strict=False) if x is not None
-    }
-    # A (B, H, T, D) view of (B, T, H, D) memory, as models make it: outputs and gradients get that memory order too.
-    _, sh, st = strides["v"]
-    transposed = problem.layout == "bhtd" and 0 < sh < st
-    q = tensors[0]
-    assert q is not None
-    problem = dataclasses.replace(
-        problem,
-        strides=tuple(strides.items()),
-        layout="bthd" if transposed else problem.layout,
-        arch=architecture_of(q.device),
-        descriptors=_descriptors(problem, backend, tensors),
-    )
-    return Call(problem, backend, transposed)
-
-
-def run_kernels(call: Call, tensors: tuple[Tensor | None, ...], last: bool) -> tuple[Tensor, States]:
-    """last: the states may get cotangents."""
-    if call.transposed:
-        tensors = tuple(x.transpose(1, 2) if x is not None and n < 5 else x for n, x in enumerate(tensors))
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)
-    h, c, n, m = _Chunkwise.apply(call.problem, call.backend, save, last, *tensors)
-    return (h.transpose(1, 2) if call.transposed else h), (c, n, m)
-
-
-# Calls that are settled, by all that they depend on: checking one takes longer than launching its kernels.
-_calls: dict[Any, Call] = {}
-
-
-def _settled(key: Any, tensors: tuple[Tensor | None, ...]) -> Call | None:
-    """The call like an earlier one, if there was one; its tensors must be as well aligned."""
-    try:
-        call = _calls.get(key)
-    except TypeError:  # an option that is not hashable, and so not valid: the checks will say so
-        return None
-    if call is None or (call.problem.descriptors and not _aligned(tensors)):
-        return None
-    return call
-
-
-def _aligned(tensors: tuple[Tensor | None, ...]) -> bool:
-    return all(x is None or x.data_ptr() % ALIGNMENT == 0 for x in tensors[:3])
-
-
-def call_key(tensors: tuple[Any, ...], *options: Any) -> Any:
-    """All that a call depends on; None if an argument is no tensor. Options with their types, since 1 == True."""
-    try:
-        of = tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors)
-    except AttributeError:
-        return None
-    return of, options, tuple(map(type, options)), descriptors
-
-
-def _remember(key: Any, call: Call) -> None:
-    if len(_calls) >= MAX_CALLS:
-        _calls.clear()
-    _calls[key] = call
-
-
 def host_checked(cu_seqlens: Tensor | None, q: Any, layout: str) -> Tensor | None:
     """Offsets on q's device; checked first where the host can read them without waiting for a GPU."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.device.type != "cpu" or not isinstance(q, Tensor):
         return cu_seqlens
+    if not library.is_plain((cu_seqlens,)):
+        return cu_seqlens.to(q.device, non_blocking=True)
     offsets = cu_seqlens.dim() == 1 and len(cu_seqlens) > 1 and not cu_seqlens.is_floating_point()
     if offsets and q.dim() == 4 and layout == "bthd":  # of other things than offsets `check_call` speaks
         packing.check_offsets(cu_seqlens.tolist(), q.shape[1])
@@ -218,30 +28,17 @@ def host_checked(cu_seqlens: Tensor | None, q: Any, layout: str) -> Tensor | Non
 
 
 def apply(
-    tensors: tuple[Tensor | None, ...], last: bool, options: dict[str, Any], form: str = "chunkwise"
-) -> tuple[Tensor, States]:
+    tensors: Tensors, last: bool, options: dict[str, Any], form: str = "chunkwise"
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """h and the last states.
 
     tensors: by NAMES, perhaps by ARGUMENTS; options: of `check_call`; last: the states may get cotangents.
     """
-    key = call_key(tensors, form, *options.values())
-    call = _settled(key, tensors)
-    if call is None:
-        infos = {name: describe(name, x) for name, x in zip(ARGUMENTS, tensors, strict=False)}
-        problem = check_call(infos, **options, form=form)
-        q = tensors[0]
-        assert q is not None
-        backend = choose_backend(options["backend"], platform_of(q))
-        if backend != "reference":
-            given = tensors
-            tensors = tuple(readable_argument(n, x, problem.layout) for n, x in zip(ARGUMENTS, tensors, strict=False))
-            call = _settle(problem, backend, tensors)
-            if all(x is y for x, y in zip(tensors, given, strict=True)) and _aligned(tensors):
-                _remember(key, call)
-    m = tensors[7]
-    if m is not None:
-        tensors = (*tensors[:7], m.reshape(m.shape[:2]), *tensors[8:])
-    return run_kernels(call, tensors, last) if call else run_reference(problem, tensors)
+    tensors = (*library.autocast(tensors[:3]), *tensors[3:])
+    if not library.is_plain(tensors):
+        return library.apply(tensors, options, form)
+    call, tensors = settle(tensors, options, form)
+    return run_reference(call.problem, tensors) if call.backend == "reference" else run_kernels(call, tensors, last)
 
 
 def mlstm_chunkwise(

@@ -13,7 +13,10 @@ from kernels_triton.backend import choose_backend
 from kernels_triton.validation import check_step
 
 from .executor import run
-from .operator import NAMES, Call, States, apply, call_key, run_kernels, run_reference
+from .adapter import run_kernels
+from .calls import NAMES, Call, call_key
+from .operator import States, apply
+from .reference import run_reference
 from .tensors import architecture_of, describe, platform_of
 
 STEP = ("q", "k", "v", "i", "f", "c", "n", "m")

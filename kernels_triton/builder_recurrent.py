@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .config import Tile, next_power_of_2
 from .kernels import recurrent
-from .launch import Launch, Spec
+from .launch import Launch
 from .launch_builder import LaunchBuilder, cdiv
 
 # Elements of a state that one program holds, and the fewest values: rows of 64 bytes or more keep memory busy.
@@ -17,7 +17,7 @@ class RecurrentBuilder(LaunchBuilder):
 
     def recurrent(self) -> Launch:
         """h and the last state."""
-        p, head = self.p, (self.p.B, self.p.H)
+        p = self.p
         BK = max(16, next_power_of_2(p.K))
         BV = min(max(MIN_VALUES, STATE_ELEMENTS // BK), max(16, next_power_of_2(p.V)))
         strided = ("q", "k", "v", "i", "f")
@@ -29,12 +29,7 @@ class RecurrentBuilder(LaunchBuilder):
                 **{name: name if p.has_initial and there else None for name, there in initial.items()},
                 "T": p.T,
             },
-            {
-                "h": ("h", self._token_spec(p.V, p.dtype)),
-                "c_last": ("c_last", Spec((*head, p.K, p.V), p.c_dtype)),
-                "n_last": ("n_last", Spec((*head, p.K), "float32")),
-                "m_last": ("m_last", Spec(head, "float32")),
-            },
+            {name: (name, self.handed_on[name]) for name in ("h", "c_last", "n_last", "m_last")},
             self.heads * cdiv(p.V, BV),
             Tile(0, 0, BK, BV, num_warps=4, num_stages=1),
             "BK BV",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from .config import Config, Tile, configure
 from .launch import Descriptor, Launch, Operand, Spec
-from .packing import packed_chunks
+from .packing import packed_chunks, table_size
 from .problem import Problem, Strides
 
 # Buffers that the gates' kernel makes and most others read.
@@ -48,7 +49,7 @@ class LaunchBuilder:
 
     def _r(self) -> tuple[str, Spec]:
         """The signed normaliser's buffer; without one a stand-in."""
-        return ("r", Spec(self.rows, "float32")) if self.p.normalize else ("unused_r", Spec((1,), "float32"))
+        return ("r", self.handed_on["r"]) if self.p.normalize else ("unused_r", Spec((1,), "float32"))
 
     @property
     def pairs(self) -> bool:
@@ -63,6 +64,23 @@ class LaunchBuilder:
     def packing(self) -> dict[str, Operand | None]:
         """The operands that say where chunks are, T last."""
         return {"chunks": "chunks" if self.packed else None, "sequences": self.p.sequences, "T": self.p.T}
+
+    @functools.cached_property
+    def handed_on(self) -> Mapping[str, Spec]:
+        """Every buffer that a forward pass may hand on: its results, and what the backward pass reads. T may be symbolic."""
+        p, head = self.p, (self.p.B, self.p.H)
+        return {
+            "h": self._token_spec(p.V, p.dtype),
+            "c_last": Spec((*p.state_heads, p.K, p.V), p.c_dtype),
+            "n_last": Spec((*p.state_heads, p.K), "float32"),
+            "m_last": Spec(p.state_heads, "float32"),
+            "chunks": Spec((table_size(p.T, p.sequences, self.L),), "int32"),
+            **dict.fromkeys((*GATES[:4], "floor", "r"), Spec(self.rows, "float32")),
+            **dict.fromkeys(GATES[4:], Spec((*head, self.NT), "float32")),
+            "picked": Spec(p.state_heads, "int32"),
+            "states": self.states_spec,
+            "norms": self.norms_spec,
+        }
 
     @property
     def states_spec(self) -> Spec:

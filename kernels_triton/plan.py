@@ -6,8 +6,8 @@ import functools
 
 from .builder import Builder
 from .config import Config
-from .launch import Launch, Pass
-from .launch_builder import GATES
+from .launch import Launch, Pass, Spec
+from .launch_builder import GATES, LaunchBuilder
 from .packing import chunk_table
 from .problem import SHORT, Problem, Strides, contiguous_strides
 
@@ -18,12 +18,27 @@ GRADIENTS = ("dq", "dk", "dv", "di", "df")
 GRADIENTS_INITIAL = ("dc_initial", "dn_initial", "dm_initial")
 
 
-def _saved(b: Builder) -> tuple[str, ...]:
+def _saved(b: LaunchBuilder) -> tuple[str, ...]:
     """What the backward pass reads besides the inputs; the last states only where they have cotangents."""
     gates = tuple(x for x in GATES if b.pairs or not x.endswith("_low"))
     normaliser = ("n_last", "floor", "r") if b.p.normalize else ()
     states = STATES[: 1 + b.p.normalize] if b.p.save_states else ()
     return (*gates, "picked", *states, "c_last", *normaliser, *(("h",) if b.p.exact else ()))
+
+
+def _handed_on(b: LaunchBuilder, save: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The results of a forward pass: for its caller, and for the backward pass alone."""
+    own = ("h", *LAST)
+    if not save or b.p.form == "recurrent":
+        return own, ()
+    table = ("chunks",) if b.packed and not b.p.has_table else ()
+    return own, tuple(x for x in (*table, *_saved(b)) if x not in own)
+
+
+def forward_results(problem: Problem, save: bool = True) -> dict[str, Spec]:
+    """The results of `forward_pass`, without planning it: lengths may be a compiler's symbols."""
+    b = LaunchBuilder(problem)
+    return {name: b.handed_on[name] for names in _handed_on(b, save) for name in names}
 
 
 def _is_recurrent(problem: Problem, save: bool) -> bool:
@@ -46,18 +61,18 @@ def _forward(b: Builder, save: bool) -> list[Launch]:
 
 
 @functools.lru_cache(maxsize=1024)
-def forward_pass(problem: Problem, save: bool = True, config: Config | None = None) -> Pass:
+def forward_pass(problem: Problem, save: bool = True, config: Config | None = None, apart: bool = False) -> Pass:
     """h, the last states, and to save, what the backward pass reads; states only as `problem.save_states` says.
 
-    config: tile sizes other than the table's.
+    config: tile sizes other than the table's. apart: what is saved is results as any other, none in shared memory.
     """
     b = Builder(problem, config)
+    own, saved = _handed_on(b, save)
     if _is_recurrent(problem, save):
-        return Pass((b.recurrent(),), _inputs(problem), ("h", *LAST))
-    table = ("chunks",) if b.packed and not problem.has_table else ()
-    own = ("h", *LAST)
-    saved = tuple(x for x in (*table, *_saved(b)) if x not in own) if save else ()
-    return Pass(tuple(_forward(b, save and problem.save_states)), _inputs(problem), (*own, *saved), saved)
+        launches = [b.recurrent()]
+    else:
+        launches = _forward(b, save and problem.save_states)
+    return Pass(tuple(launches), _inputs(problem), (*own, *saved), () if apart else saved)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -58,7 +58,7 @@ def _dtype(name: str, info: ArrayInfo, allowed: tuple[str, ...]) -> None:
 def _number(name: str, value: Any, minimum: float = -math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a Python number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < minimum:
+    if not -math.inf < value < math.inf or value < minimum:  # which a compiler can trace, unlike isfinite
         at_least = "" if minimum == -math.inf else f" >= {minimum}"
         raise ValueError(f"{name}: expected a finite number{at_least}, got {value}")
     return float(value)

@@ -198,14 +198,14 @@ def _ours(x: Implementation, dtype: Dtype, backend: str) -> Function:
 
 def _with_descriptors(wish: str, function: Function) -> Function:
     """The function, called while MLSTM_DESCRIPTORS is that. The backward pass does as the forward pass did."""
-    from frontend_torch import operator
+    from frontend_torch import calls
 
     def call(*arguments: Any) -> Any:
-        before, operator.descriptors = operator.descriptors, wish
+        before, calls.descriptors = calls.descriptors, wish
         try:
             return function(*arguments)
         finally:
-            operator.descriptors = before
+            calls.descriptors = before
 
     return call
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import frontend_torch.operator
+import frontend_torch.adapter
 from frontend_torch import mlstm_chunkwise
 
 B, H, T, K, V = 2, 3, 21, 8, 12
@@ -58,13 +58,13 @@ VIEWS = {
 def seen(monkeypatch):
     """The tensors that each pass was executed on."""
     passes = []
-    run = frontend_torch.operator.run
+    run = frontend_torch.adapter.run
 
     def recorded(program, tensors, backend, **others):
         passes.append(dict(tensors))
         return run(program, tensors, backend, **others)
 
-    monkeypatch.setattr(frontend_torch.operator, "run", recorded)
+    monkeypatch.setattr(frontend_torch.adapter, "run", recorded)
     return passes
 
 

@@ -1,0 +1,120 @@
+"""The two passes in PyTorch's autograd, called directly: for eager mode, where the dispatcher would take longer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels_triton.launch import Pass
+from kernels_triton.problem import Problem
+
+from .calls import NAMES, PACKED, Call, Tensors
+from .executor import SAVED, run
+from .tensors import head_strides, places, readable, suits
+
+
+TWICE = "mlstm_chunkwise: expected a first derivative, got a call to differentiate twice; use backend='reference'"
+
+
+FORWARD_MODE = "mlstm_chunkwise: expected reverse mode, got forward-mode differentiation; use backend='reference'"
+
+
+def no_forward_mode(ctx: Any, *_: Any) -> Any:
+    """The forward mode of a function that has none."""
+    raise NotImplementedError(FORWARD_MODE)
+
+
+class _FirstOnly(torch.autograd.Function):
+    """Gradients as they are, whose own derivatives are refused; `anchors`, n of them, are what they depend on."""
+
+    @staticmethod
+    def forward(ctx: Any, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[n:])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Any:
+        raise RuntimeError(TWICE)
+
+
+def differentiate(
+    problem: Problem,
+    backend: str,
+    saved: dict[str, Tensor],
+    cotangents: Sequence[Tensor | None],
+    earlier: Pass | None = None,
+) -> dict[str, Tensor]:
+    """The gradients by name, in the axes' order of the problem's layout.
+
+    saved: what the forward pass read and made, by name; cotangents: of h and the last states; earlier: the forward
+    pass, where some of `saved` are in its shared memory.
+    """
+    from kernels_triton import plan
+
+    env = dict(saved)
+    dh, *dlast = cotangents
+    env["dh"] = torch.zeros_like(env["v"]) if dh is None else readable(dh, problem.layout)
+    if problem.descriptors and not suits(env["dh"]):
+        env["dh"] = env["dh"].clone(memory_format=torch.contiguous_format)
+    has_dlast = any(x is not None for x in dlast)
+    if has_dlast:
+        head = problem.state_heads
+        shapes = ((*head, problem.K, problem.V), (*head, problem.K), head)
+        for name, shape, x in zip(plan.LAST, shapes, dlast, strict=True):
+            env[f"d{name}"] = env["q"].new_zeros(shape, dtype=torch.float32) if x is None else x.contiguous()
+    program = plan.backward_pass(problem, head_strides(env["dh"], problem.layout), has_dlast)
+    return run(program, env, backend, earlier=earlier)
+
+
+class _Chunkwise(torch.autograd.Function):
+    """The kernels' two passes. Tensors are (B, H, T, ...) or (B, T, H, ...) as the problem's layout says."""
+
+    jvp = staticmethod(no_forward_mode)
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: Problem, backend: str, save: bool, last: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        from kernels_triton import plan
+
+        env = {name: x for name, x in zip((*NAMES, *PACKED), tensors, strict=False) if x is not None}
+        results = run(plan.forward_pass(problem, save), env, backend)
+        if not save:
+            return tuple(results[name] for name in ("h", *plan.LAST))
+        kept = plan.saved(problem, last)
+        saved = {name: x for name, x in (env | results).items() if name in kept or name == SAVED}
+        ctx.arguments = len(tensors)
+        ctx.problem, ctx.backend, ctx.names, ctx.places = problem, backend, tuple(saved), places(saved)
+        ctx.save_for_backward(*saved.values())
+        ctx.set_materialize_grads(False)
+        return tuple(results[name] for name in ("h", *plan.LAST))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        from kernels_triton import plan
+
+        problem: Problem = ctx.problem
+        env = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        if places(env) != ctx.places:  # hooks on saved tensors (offloading, say) may bring them back in other memory
+            strides = {n: head_strides(env[n], problem.layout) if n in env else s for n, s in problem.strides}
+            suit = problem.descriptors and all(suits(env[name]) for name in ("q", "k", "v"))
+            problem = dataclasses.replace(problem, strides=tuple(strides.items()), descriptors=suit)
+        with torch.no_grad():
+            results = differentiate(problem, ctx.backend, env, cotangents, plan.forward_pass(problem, True))
+        if torch.is_grad_enabled():  # create_graph: a constant cotangent must not make the gradients look constant
+            anchors = [x for x in env.values() if x.requires_grad]
+            results = dict(zip(results, _FirstOnly.apply(len(anchors), *anchors, *results.values()), strict=True))
+        packed = (None,) * (ctx.arguments - len(NAMES))
+        return (None, None, None, None, *(results.get(f"d{name}") for name in NAMES), *packed)
+
+
+def run_kernels(call: Call, tensors: Tensors, last: bool) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """h and the last states. tensors: as `settle` gives them; last: the states may get cotangents."""
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)
+    h, c, n, m = _Chunkwise.apply(call.problem, call.backend, save, last, *tensors)
+    return (h.transpose(1, 2) if call.transposed else h), (c, n, m)
+
+

@@ -1,0 +1,283 @@
+"""The operator in PyTorch's registry, for what needs to see it: compilers, transforms, modes, autocast, DTensor.
+
+`torch.ops.mlstm_dual.chunkwise` and `chunkwise_backward` take the operator's tensors and options in order. The kernels
+and the bits are those of the direct call (adapter.py), which eager mode takes because it is sooner under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels_triton.backend import choose_backend
+from kernels_triton.validation import check_call
+
+from .adapter import TWICE, differentiate, no_forward_mode
+from .calls import ARGUMENTS, NAMES, PACKED, Tensors, is_transposed, settle
+from .executor import dtype_of, run
+from .reference import run_reference
+from .tensors import describe, platform_of
+
+States = tuple[Tensor, Tensor, Tensor]
+OPTIONS = {
+    "eps": "float",
+    "chunk_size": "int?",
+    "qk_scale": "float?",
+    "normalizer_grad": "str",
+    "layout": "str",
+    "precision": "str",
+    "save_states": "bool",
+    "input_gate": "str",
+    "normalize": "bool",
+    "backend": "str",
+    "form": "str",
+}
+RESULTS = ("h", "c_last", "n_last", "m_last")
+# What the forward pass may save, each an output of its own: what a call has no need of is empty, (B, H, 0).
+SAVED = ("c", "c_low", "a", "a_low", "gamma", "gamma_low", "picked", "states", "norms", "floor", "r", "chunks")
+GRADIENTS = tuple(f"d{name}" for name in NAMES)  # those of absent initial states are empty
+COTANGENTS = tuple(f"d{name}" for name in RESULTS)
+READ_BACKWARD = (*COTANGENTS, *ARGUMENTS, *RESULTS[:3], *SAVED)
+HEADS = {"bhtd": 1, "bthd": 2}  # the axis of heads
+
+
+def _schema(*groups: tuple[str, Sequence[str]], returns: int) -> str:
+    inputs = ", ".join(f"{kind} {name}" for kind, names in groups for name in names)
+    options = ", ".join(f"{kind} {name}" for name, kind in OPTIONS.items())
+    return f"({inputs}, {options}) -> ({', '.join(['Tensor'] * returns)})"
+
+
+def _forward_schema() -> str:
+    schema = _schema(("Tensor", NAMES[:5]), ("Tensor?", ARGUMENTS[5:]), returns=len(RESULTS + SAVED))
+    return schema.replace(") ->", ", bool save) ->")
+
+
+def _backward_schema() -> str:
+    return _schema(
+        ("Tensor?", COTANGENTS),
+        ("Tensor", NAMES[:5]),
+        ("Tensor?", ARGUMENTS[5:]),
+        ("Tensor", RESULTS[:3]),
+        ("Tensor", SAVED),
+        returns=len(GRADIENTS),
+    )
+
+
+def _named(arguments: Sequence[Any]) -> tuple[Tensors, dict[str, Any], str]:
+    """The tensors by ARGUMENTS, the options of `check_call`, and the form."""
+    options = dict(zip(OPTIONS, arguments[len(ARGUMENTS) :], strict=False))
+    return tuple(arguments[: len(ARGUMENTS)]), options, options.pop("form")
+
+
+def _empty(q: Tensor, layout: str) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[HEADS[layout]], 0))
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    from kernels_triton import plan
+
+    given, options, form = _named(arguments)
+    call, tensors = settle(given, options, form)
+    env = {name: x for name, x in zip((*NAMES, *PACKED), tensors, strict=True) if x is not None}
+    results = run(plan.forward_pass(call.problem, arguments[-1], None, True), env, call.backend)
+    if call.transposed:
+        results["h"] = results["h"].transpose(1, 2)
+    q = given[0]
+    assert q is not None
+    return tuple(results[x] if x in results else _empty(q, options["layout"]) for x in RESULTS + SAVED)
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    from kernels_triton import plan
+
+    tensors, options, form = _named(arguments)
+    infos = {name: describe(name, x) for name, x in zip(ARGUMENTS, tensors, strict=True)}
+    problem = check_call(infos, **options, form=form)
+    q, v = tensors[0], tensors[2]
+    assert q is not None and v is not None
+    specs = plan.forward_results(problem, arguments[-1])
+    made = {name: q.new_empty(spec.shape, dtype=dtype_of(spec.dtype)) for name, spec in specs.items()}
+    made["h"] = _like(v, is_transposed(v, options["layout"]))
+    return tuple(made[x] if x in made else _empty(q, options["layout"]) for x in RESULTS + SAVED)
+
+
+def _like(x: Tensor, transposed: bool) -> Tensor:
+    """A tensor of x's shape, contiguous or with tokens before heads in memory."""
+    return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) if transposed else x.new_empty(x.shape)
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    cotangents, rest = arguments[: len(COTANGENTS)], arguments[len(COTANGENTS) :]
+    made = rest[len(ARGUMENTS) : -len(OPTIONS)]
+    given, options, form = _named((*rest[: len(ARGUMENTS)], *rest[-len(OPTIONS) :]))
+    call, tensors = settle(given, options, form)
+    saved = {name: x for name, x in zip((*NAMES, *PACKED), tensors, strict=True) if x is not None}
+    saved |= {name: x for name, x in zip((*RESULTS[:3], *SAVED), made, strict=True) if x.numel()}
+    dh, *dlast = cotangents
+    if call.transposed:
+        saved["h"] = saved["h"].transpose(1, 2)
+        dh = None if dh is None else dh.transpose(1, 2)
+    results = differentiate(call.problem, call.backend, saved, (dh, *dlast))
+    if call.transposed:
+        results |= {name: results[name].transpose(1, 2) for name in GRADIENTS[:5]}
+    q, m = given[0], given[7]
+    assert q is not None
+    if m is not None:
+        results["dm_initial"] = results["dm_initial"].reshape(m.shape)
+    return tuple(results[x] if x in results else _empty(q, options["layout"]) for x in GRADIENTS)
+
+
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    rest = arguments[len(COTANGENTS) :]
+    tensors, layout = rest[: len(ARGUMENTS)], rest[len(rest) - len(OPTIONS) + list(OPTIONS).index("layout")]
+    transposed = is_transposed(tensors[2], layout)
+    tokens = (_like(x, transposed) for x in tensors[:5])
+    return (*tokens, *(_empty(tensors[0], layout) if x is None else x.new_empty(x.shape) for x in tensors[5:8]))
+
+
+def _save(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    """Keeps for the backward pass the arguments and the results that it reads; options are `inputs` too."""
+    ctx.save_for_backward(*inputs[: len(ARGUMENTS)], *output[:3], *output[len(RESULTS) :])
+    ctx.options = inputs[len(ARGUMENTS) : -1]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: selective checkpointing hands them out once
+    backward = ChunkwiseBackward.apply if _is_transformed() else chunkwise_backward
+    gradients = backward(*cotangents[: len(RESULTS)], *saved, *ctx.options)
+    rest = (None,) * (len(PACKED) + len(OPTIONS) + 1)
+    return (*(None if x is None else dx for x, dx in zip(saved, gradients, strict=False)), *rest)
+
+
+def _twice(ctx: Any, *_: Tensor | None) -> Any:
+    raise RuntimeError(TWICE)
+
+
+def _nothing(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    """Nothing to keep."""
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func is at work, which wraps tensors in plain ones."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def _over_batches(operator: Any, names: Sequence[str]) -> Callable[..., Any]:
+    """The rule of `torch.vmap` for an operator whose first arguments are tensors of these names: the axis joins B.
+
+    Packed sequences have no batch: they run one after the other.
+    """
+
+    def rule(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
+        N, tensors, options = info.batch_size, arguments[: len(names)], arguments[len(names) :]
+        wide = [
+            x if x is None else x.expand(N, *x.shape) if axis is None else x.movedim(axis, 0)
+            for x, axis in zip(tensors, in_dims, strict=False)
+        ]
+        if arguments[names.index("cu_seqlens")] is not None:
+            each = [operator(*(x if x is None else x[n] for x in wide), *options) for n in range(N)]
+            results = tuple(map(torch.stack, zip(*each, strict=True)))
+        else:
+            joint = operator(*(x if x is None else x.flatten(0, 1) for x in wide), *options)
+            results = tuple(x.unflatten(0, (N, x.shape[0] // N)) for x in joint)
+        return results, (0,) * len(results)
+
+    return rule
+
+
+def autocast(tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """q, k, v in autocast's dtype, where it is on; gates and states stay as they are."""
+    device = getattr(tensors[0], "device", None)
+    if device is None or not torch.is_autocast_enabled(device.type):
+        return tuple(tensors)
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def _casting(operator: Any, key: Any) -> Callable[..., Any]:
+    def rule(*arguments: Any) -> Any:
+        tensors = autocast(arguments[:3])  # before the guard, under which autocast looks off
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return operator(*tensors, *arguments[3:])
+
+    return rule
+
+
+def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any], names: Sequence[str]) -> Any:
+    _registry.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    _registry.impl(name, run, "CompositeExplicitAutograd")
+    operator = getattr(torch.ops.mlstm_dual, name).default
+    torch.library.register_fake(operator, fake, lib=_registry)
+    torch.library.register_vmap(operator, _over_batches(operator, names), lib=_registry)
+    return operator
+
+
+_registry = torch.library.Library("mlstm_dual", "DEF")
+chunkwise = _register("chunkwise", _forward_schema(), _forward, _forward_fake, ARGUMENTS)
+chunkwise_backward = _register(
+    "chunkwise_backward",
+    _backward_schema(),
+    _backward,
+    _backward_fake,
+    READ_BACKWARD,
+)
+torch.library.register_autograd(chunkwise, _differentiate, setup_context=_save, lib=_registry)
+torch.library.register_autograd(chunkwise_backward, _twice, lib=_registry)
+for _key in (torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA):
+    _registry.impl("chunkwise", _casting(chunkwise, _key), _key.name)
+
+
+class _Transformable(torch.autograd.Function):
+    """An operator for the transforms of torch.func, which differentiate no registered operator."""
+
+    jvp = staticmethod(no_forward_mode)
+
+
+class Chunkwise(_Transformable):
+    """`chunkwise` for them."""
+
+    forward = staticmethod(chunkwise)
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_differentiate)
+
+
+class ChunkwiseBackward(_Transformable):
+    """`chunkwise_backward` for them."""
+
+    forward = staticmethod(chunkwise_backward)
+    setup_context = staticmethod(_nothing)
+    backward = staticmethod(_twice)
+
+
+# Within a transform there may be others.
+Chunkwise.vmap = staticmethod(_over_batches(Chunkwise.apply, ARGUMENTS))
+ChunkwiseBackward.vmap = staticmethod(_over_batches(ChunkwiseBackward.apply, READ_BACKWARD))
+
+
+def is_plain(tensors: Tensors) -> bool:
+    """Whether nothing but autograd needs to see the call: no compiler, transform, mode or kind of tensor."""
+    if torch.compiler.is_compiling() or _is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
+
+
+def apply(tensors: Tensors, options: Mapping[str, Any], form: str) -> tuple[Tensor, States]:
+    """h and the last states, through the registry; arguments as of `operator.apply`."""
+    tensors = (*tensors, *[None] * (len(ARGUMENTS) - len(tensors)))
+    infos = {name: describe(name, x) for name, x in zip(ARGUMENTS, tensors, strict=True)}
+    problem = check_call(infos, **options, form=form)
+    q, m = tensors[0], tensors[7]
+    assert q is not None
+    backend = choose_backend(options["backend"], platform_of(q))
+    if backend == "reference":
+        m = None if m is None else m.reshape(m.shape[:2])
+        return run_reference(problem, (*tensors[:7], m, *tensors[8:]))
+    save = torch.is_grad_enabled() and (_is_transformed() or any(x is not None and x.requires_grad for x in tensors))
+    given = {**options, "backend": backend, "form": form}
+    run = Chunkwise.apply if _is_transformed() else chunkwise
+    h, c, n, m, *_ = run(*tensors, *(given[name] for name in OPTIONS), save)
+    return h, (c, n, m)
