@@ -34,7 +34,7 @@ def mlstm_recurrent(
     v: Float[Array, "B _ _ V"],
     i: Float[Array, "B _ _"],
     f: Float[Array, "B _ _"],
-    c_initial: Float32[Array, "B H K V"] | None = None,
+    c_initial: Float[Array, "B H K V"] | None = None,
     n_initial: Float32[Array, "B H K"] | None = None,
     m_initial: Float32[Array, "B H"] | Float32[Array, "B H 1"] | None = None,
     return_last_states: bool = False,
@@ -51,7 +51,8 @@ def mlstm_recurrent(
     """The mLSTM token by token in one kernel: for short sequences, and as a check of `mlstm_chunkwise`.
 
     Arguments, results and errors as of `mlstm_chunkwise`, which takes this form by itself for up to 16 tokens without
-    gradients. The backward pass is that of the chunkwise form (precision: of its products).
+    gradients. c_initial may be bfloat16, and c_last is then. The backward pass is that of the chunkwise form
+    (precision: of its products).
     """
     options = {
         "eps": eps,

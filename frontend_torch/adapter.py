@@ -16,7 +16,6 @@ from .calls import NAMES, PACKED, Call, Tensors
 from .executor import SAVED, run
 from .tensors import head_strides, places, readable, suits
 
-
 TWICE = "mlstm_chunkwise: expected a first derivative, got a call to differentiate twice; use backend='reference'"
 
 
@@ -116,5 +115,3 @@ def run_kernels(call: Call, tensors: Tensors, last: bool) -> tuple[Tensor, tuple
     save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)
     h, c, n, m = _Chunkwise.apply(call.problem, call.backend, save, last, *tensors)
     return (h.transpose(1, 2) if call.transposed else h), (c, n, m)
-
-

@@ -129,5 +129,3 @@ def settle(tensors: Tensors, options: Mapping[str, Any], form: str = "chunkwise"
     if call.transposed:
         tensors = tuple(x.transpose(1, 2) if x is not None and n < 5 else x for n, x in enumerate(tensors))
     return call, tensors
-
-

@@ -207,24 +207,20 @@ def _casting(operator: Any, key: Any) -> Callable[..., Any]:
     return rule
 
 
-def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any], names: Sequence[str]) -> Any:
+def register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """An operator of the namespace mlstm_dual; fake: makes results that have no memory, of symbolic sizes perhaps."""
     _registry.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _registry.impl(name, run, "CompositeExplicitAutograd")
     operator = getattr(torch.ops.mlstm_dual, name).default
     torch.library.register_fake(operator, fake, lib=_registry)
-    torch.library.register_vmap(operator, _over_batches(operator, names), lib=_registry)
     return operator
 
 
 _registry = torch.library.Library("mlstm_dual", "DEF")
-chunkwise = _register("chunkwise", _forward_schema(), _forward, _forward_fake, ARGUMENTS)
-chunkwise_backward = _register(
-    "chunkwise_backward",
-    _backward_schema(),
-    _backward,
-    _backward_fake,
-    READ_BACKWARD,
-)
+chunkwise = register("chunkwise", _forward_schema(), _forward, _forward_fake)
+chunkwise_backward = register("chunkwise_backward", _backward_schema(), _backward, _backward_fake)
+for _operator, _names in ((chunkwise, ARGUMENTS), (chunkwise_backward, READ_BACKWARD)):
+    torch.library.register_vmap(_operator, _over_batches(_operator, _names), lib=_registry)
 torch.library.register_autograd(chunkwise, _differentiate, setup_context=_save, lib=_registry)
 torch.library.register_autograd(chunkwise_backward, _twice, lib=_registry)
 for _key in (torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA):
@@ -244,6 +240,10 @@ class Chunkwise(_Transformable):
     setup_context = staticmethod(_save)
     backward = staticmethod(_differentiate)
 
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
+        return _over_batches(Chunkwise.apply, ARGUMENTS)(info, in_dims, *arguments)
+
 
 class ChunkwiseBackward(_Transformable):
     """`chunkwise_backward` for them."""
@@ -252,10 +252,9 @@ class ChunkwiseBackward(_Transformable):
     setup_context = staticmethod(_nothing)
     backward = staticmethod(_twice)
 
-
-# Within a transform there may be others.
-Chunkwise.vmap = staticmethod(_over_batches(Chunkwise.apply, ARGUMENTS))
-ChunkwiseBackward.vmap = staticmethod(_over_batches(ChunkwiseBackward.apply, READ_BACKWARD))
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
+        return _over_batches(ChunkwiseBackward.apply, READ_BACKWARD)(info, in_dims, *arguments)
 
 
 def is_plain(tensors: Tensors) -> bool:
@@ -276,6 +275,9 @@ def apply(tensors: Tensors, options: Mapping[str, Any], form: str) -> tuple[Tens
     if backend == "reference":
         m = None if m is None else m.reshape(m.shape[:2])
         return run_reference(problem, (*tensors[:7], m, *tensors[8:]))
+    if any("DTensor" in [kind.__name__ for kind in type(x).__mro__] for x in tensors):
+        from . import sharding as _  # its rules; DTensor takes long to import for those who have none
+
     save = torch.is_grad_enabled() and (_is_transformed() or any(x is not None and x.requires_grad for x in tensors))
     given = {**options, "backend": backend, "form": form}
     run = Chunkwise.apply if _is_transformed() else chunkwise

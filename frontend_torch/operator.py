@@ -15,6 +15,8 @@ from .calls import Tensors, settle
 from .reference import run_reference
 
 States = tuple[Float32[Tensor, "B H K V"], Float32[Tensor, "B H K"], Float32[Tensor, "B H"]]
+
+
 def host_checked(cu_seqlens: Tensor | None, q: Any, layout: str) -> Tensor | None:
     """Offsets on q's device; checked first where the host can read them without waiting for a GPU."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.device.type != "cpu" or not isinstance(q, Tensor):

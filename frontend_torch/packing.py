@@ -13,6 +13,7 @@ from kernels_triton.backend import choose_backend
 from kernels_triton.validation import check_table
 
 from .executor import run
+from .library import register
 from .tensors import describe, platform_of
 
 
@@ -31,7 +32,20 @@ def make_chunk_table(
     used = choose_backend(backend, platform_of(cu_seqlens))
     if used == "reference":
         return cu_seqlens.new_zeros(packing.table_size(T, sequences, L), dtype=torch.int32)
-    return run(packing.table_pass(T, sequences, L), {"cu_seqlens": cu_seqlens.contiguous()}, used)["chunks"]
+    table: Tensor = torch.ops.mlstm_dual.chunk_table(cu_seqlens, T, L, used)
+    return table
+
+
+def _make(cu_seqlens: Tensor, T: int, L: int, backend: str) -> Tensor:
+    program = packing.table_pass(T, cu_seqlens.shape[0] - 1, L)
+    return run(program, {"cu_seqlens": cu_seqlens.contiguous()}, backend)["chunks"]
+
+
+def _make_fake(cu_seqlens: Tensor, T: int, L: int, backend: str) -> Tensor:
+    return cu_seqlens.new_empty(packing.table_size(T, cu_seqlens.shape[0] - 1, L), dtype=torch.int32)
+
+
+register("chunk_table", "(Tensor cu_seqlens, SymInt T, int chunk_size, str backend) -> Tensor", _make, _make_fake)
 
 
 def cu_seqlens_from_document_ids(

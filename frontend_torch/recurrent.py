@@ -12,13 +12,22 @@ from torch import Tensor
 from kernels_triton.backend import choose_backend
 from kernels_triton.validation import check_step
 
-from .executor import run
+from . import library
 from .adapter import run_kernels
 from .calls import NAMES, Call, call_key
+from .executor import run
 from .operator import States, apply
 from .reference import run_reference
 from .tensors import architecture_of, describe, platform_of
 
+# Options of a sequence that a step has not.
+SEQUENCE = {
+    "chunk_size": None,
+    "normalizer_grad": "exact",
+    "layout": "bhtd",
+    "precision": "ieee",
+    "save_states": True,
+}
 STEP = ("q", "k", "v", "i", "f", "c", "n", "m")
 OUT = tuple(f"out_states[{x}]" for x in range(3))
 
@@ -29,7 +38,7 @@ def mlstm_recurrent(
     v: Float[Tensor, "B _ _ V"],
     i: Float[Tensor, "B _ _"],
     f: Float[Tensor, "B _ _"],
-    c_initial: Float32[Tensor, "B H K V"] | None = None,
+    c_initial: Float[Tensor, "B H K V"] | None = None,
     n_initial: Float32[Tensor, "B H K"] | None = None,
     m_initial: Float32[Tensor, "B H"] | Float32[Tensor, "B H 1"] | None = None,
     return_last_states: bool = False,
@@ -46,7 +55,8 @@ def mlstm_recurrent(
     """The mLSTM token by token in one kernel: for short sequences, and as a check of `mlstm_chunkwise`.
 
     Arguments, results and errors as of `mlstm_chunkwise`, which takes this form by itself for up to 16 tokens without
-    gradients. The backward pass is that of the chunkwise form (precision: of its products).
+    gradients. c_initial may be bfloat16, and c_last is then. The backward pass is that of the chunkwise form
+    (precision: of its products).
     """
     options = {
         "eps": eps,
@@ -96,6 +106,28 @@ def _settle(
     return call, given
 
 
+def _is_recorded(tensors: tuple[Tensor, ...], out: tuple[Tensor, ...]) -> bool:
+    """Whether gradients are, which out_states do not go with."""
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *out))
+    if recorded and out:
+        raise ValueError(
+            "out_states: expected None while gradients are recorded (torch.no_grad() stops it), got states"
+        )
+    return recorded
+
+
+def _registered(tensors: tuple[Tensor, ...], out: tuple[Tensor, ...], options: dict[str, Any]) -> tuple[Tensor, States]:
+    """The step as a sequence of one token, for compilers and transforms; out is written after it."""
+    infos = {name: describe(name, x) for name, x in zip((*STEP, *OUT), (*tensors, *out), strict=False)}
+    check_step(infos, **options)
+    _is_recorded(tensors, out)
+    sequence = (*(x.unsqueeze(2) for x in tensors[:5]), *tensors[5:])
+    h, last = library.apply(sequence, SEQUENCE | options, "recurrent")
+    for x, y in zip(out, last, strict=False):
+        x.copy_(y.reshape(x.shape))
+    return h.squeeze(2), (out if out else last)  # type: ignore[return-value]
+
+
 def _elsewhere(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors share no memory."""
     return x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr()
@@ -133,7 +165,7 @@ def mlstm_step(
     Differentiable; the backward pass is that of the chunkwise form. One launch and no synchronisation, so that a CUDA
     graph can capture it.
     """
-    tensors: tuple[Tensor, ...] = (q, k, v, i, f, c, n, m)
+    tensors: tuple[Tensor, ...] = (*library.autocast((q, k, v)), i, f, c, n, m)
     out = () if out_states is None else tuple(out_states)
     if len(out) not in (0, 3):
         raise ValueError(f"out_states: expected three tensors, c, n and m, got {len(out)}")
@@ -144,6 +176,8 @@ def mlstm_step(
         "normalize": normalize,
         "backend": backend,
     }
+    if not library.is_plain((*tensors, *out)):
+        return _registered(tensors, out, options)
     key = call_key((*tensors, *out), *options.values())
     try:
         call = _settled.get(key)
@@ -153,11 +187,7 @@ def mlstm_step(
         call, tensors = _settle(tensors, out, options, key)
     problem = call.problem
     head = (problem.B, problem.H)
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *out))
-    if recorded and out:
-        raise ValueError(
-            "out_states: expected None while gradients are recorded (torch.no_grad() stops it), got states"
-        )
+    recorded = _is_recorded(tensors, out)
     tensors = (*tensors[:-1], tensors[-1].reshape(head))
     if recorded or call.backend == "reference":
         sequence = (*(x.unsqueeze(2) for x in tensors[:5]), *tensors[5:])

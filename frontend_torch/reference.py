@@ -13,6 +13,7 @@ from kernels_triton.problem import Problem
 
 from .executor import dtype_of
 
+
 def run_reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """The readable reference in float32."""
     q, k, v, i, f, *states = tensors[:8]
@@ -44,5 +45,3 @@ def run_reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple
         h, last = cell(*tokens, c, n, m)
     h = h.to(v.dtype)
     return (h.transpose(1, 2) if problem.layout == "bthd" else h), (last[0].to(dtype_of(problem.c_dtype)), *last[1:])
-
-

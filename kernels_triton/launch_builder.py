@@ -67,7 +67,7 @@ class LaunchBuilder:
 
     @functools.cached_property
     def handed_on(self) -> Mapping[str, Spec]:
-        """Every buffer that a forward pass may hand on: its results, and what the backward pass reads. T may be symbolic."""
+        """Every buffer that a forward pass may hand on: results, and what the backward pass reads."""
         p, head = self.p, (self.p.B, self.p.H)
         return {
             "h": self._token_spec(p.V, p.dtype),

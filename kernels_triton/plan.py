@@ -68,10 +68,8 @@ def forward_pass(problem: Problem, save: bool = True, config: Config | None = No
     """
     b = Builder(problem, config)
     own, saved = _handed_on(b, save)
-    if _is_recurrent(problem, save):
-        launches = [b.recurrent()]
-    else:
-        launches = _forward(b, save and problem.save_states)
+    short = _is_recurrent(problem, save)
+    launches = [b.recurrent()] if short else _forward(b, save and problem.save_states)
     return Pass(tuple(launches), _inputs(problem), (*own, *saved), () if apart else saved)
 
 

@@ -20,6 +20,7 @@ MAX_TOKEN_STRIDE = 2**31 // MAX_CHUNK - 1
 MIN_DESCRIPTORS = 2**27
 INPUT_DTYPES = ("float32", "bfloat16", "float16")
 GATE_DTYPES = (*INPUT_DTYPES, "float64")
+C_DTYPES = ("float32", "bfloat16")  # of the state that the recurrent form takes
 OFFSET_DTYPES = ("int32", "int64")
 LAYOUTS = ("bhtd", "bthd")
 NORMALIZER_GRADS = ("exact", "detached")

@@ -10,6 +10,7 @@ from typing import Any
 from .packing import table_size
 from .problem import (
     BACKENDS,
+    C_DTYPES,
     GATE_DTYPES,
     INPUT_DTYPES,
     INPUT_GATES,
@@ -206,7 +207,7 @@ def check_call(
         _shape("n_initial", infos["n_initial"], f"{symbol}, H, K", (N, H, K))
         _state_m("m_initial", infos["m_initial"], (N, H), symbol)
         for name in STATES:
-            _dtype(name, infos[name], ("float32",))
+            _dtype(name, infos[name], C_DTYPES if (name, form) == ("c_initial", "recurrent") else ("float32",))
     _one_device(infos)
 
     if strides is None:
@@ -233,6 +234,7 @@ def check_call(
         input_gate=input_gate,
         normalize=normalize,
         form=form,
+        c_dtype=infos["c_initial"].dtype if given else "float32",
         sequences=sequences,
         has_table="chunk_table" in infos,
     )
@@ -286,7 +288,7 @@ def check_step(
         _shape(c, infos[c], "B, H, K, V", (B, H, K, V))
         _shape(n, infos[n], "B, H, K", (B, H, K))
         _state_m(m, infos[m], (B, H))
-        _dtype(c, infos[c], ("float32", "bfloat16") if c == "c" else (infos["c"].dtype,))
+        _dtype(c, infos[c], C_DTYPES if c == "c" else (infos["c"].dtype,))
         _dtype(n, infos[n], ("float32",))
         _dtype(m, infos[m], ("float32",))
     _one_device(infos)
