@@ -1,4 +1,7 @@
-"""How DTensor shards the registered operators: over batch and heads, without communication. Imported where one comes."""
+"""How DTensor shards the registered operators: over batch and heads, without communication.
+
+Imported by the first call with a DTensor.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,12 @@ from typing import Any
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from .library import ARGUMENTS, GRADIENTS, HEADS, OPTIONS, READ_BACKWARD, RESULTS, SAVED, chunkwise, chunkwise_backward
+from .calls import ARGUMENTS
+from .library import GRADIENTS, HEADS, OPTIONS, READ_BACKWARD, RESULTS, SAVED, chunkwise, chunkwise_backward
 
-TOKENS = frozenset("q k v i f h dq dk dv di df dh".split())  # with an axis of tokens; states and the rest: (B, H, ...)
+TOKENS = frozenset(
+    ["q", "k", "v", "i", "f", "h", "dq", "dk", "dv", "di", "df", "dh"]
+)  # with an axis of tokens; states and the rest: (B, H, ...)
 OFFSETS = ("cu_seqlens", "chunk_table", "chunks")
 
 Placements = list[Any]

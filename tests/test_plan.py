@@ -120,5 +120,27 @@ def test_passes_are_closed(states, has_dlast):
         assert set(program.results) <= known - set(program.inputs)
 
 
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"states": False, "dtype": "float32", "save_states": False},
+        {"B": 128, "K": 64, "V": 64, "layout": "bthd"},
+        {"input_gate": "sigmoid", "normalize": False},
+        {"form": "recurrent", "T": 3},
+        {"T": 3},
+        {"sequences": 5, "B": 1, "layout": "bthd"},
+        {"sequences": 5, "B": 1, "layout": "bthd", "has_table": True},
+    ],
+    ids=str,
+)
+def test_results_are_known_without_a_plan(options, save):
+    later = {name: options.pop(name) for name in ("sequences", "has_table", "form") if name in (options := {**options})}
+    p = dataclasses.replace(problem(**options), **later)
+    program = plan.forward_pass(p, save)
+    assert plan.forward_results(p, save) == {name: program.spec(name) for name in program.results}
+
+
 def test_equal_problems_share_a_plan():
     assert plan.forward_pass(problem()) is plan.forward_pass(problem())
