@@ -15,7 +15,11 @@ from .executor import dtype_of
 
 
 def run_reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """The readable reference in float32."""
+    """The readable reference in float32, under autocast too."""
+    device = tensors[0].device.type if tensors[0] is not None else ""
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return run_reference(problem, tensors)
     q, k, v, i, f, *states = tensors[:8]
     assert q is not None and k is not None and v is not None and i is not None and f is not None
     if problem.layout == "bthd":

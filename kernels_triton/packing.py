@@ -97,11 +97,12 @@ def reference(cell: Callable[..., Any], cu_seqlens: Array, tensors: Sequence[Arr
         """(1, H, T, ...) -> (N, H, T, ...)."""
         y = xp.reshape(xp.take(x[0, ...], flat, axis=1), (H, N, T, *x.shape[3:]))
         mask = xp.reshape(inside, (1, N, T, *(1,) * (len(x.shape) - 3)))
-        return xp.moveaxis(xp.where(mask, y, xp.asarray(fill, dtype=x.dtype)), 1, 0)
+        y = xp.where(mask, y, xp.asarray(fill, dtype=x.dtype))
+        return xp.permute_dims(y, (1, 0, *range(2, len(y.shape))))
 
     h, last = cell(*map(spread, tensors, (0.0, 0.0, 0.0, CLOSED, OPEN)), *states)
     sequence = xp.sum(xp.astype(stop[:, None] <= o[None, :], o.dtype), axis=0)
     sequence = xp.where(sequence < N, sequence, N - 1)
-    rows = xp.reshape(xp.moveaxis(h, 2, 1), (N * T, *h.shape[1:2], h.shape[3]))
+    rows = xp.reshape(xp.permute_dims(h, (0, 2, 1, 3)), (N * T, *h.shape[1:2], h.shape[3]))
     h = xp.take(rows, sequence * T + o - xp.take(start, sequence), axis=0)
-    return xp.moveaxis(h, 0, 1)[None, ...], last
+    return xp.permute_dims(h, (1, 0, 2))[None, ...], last

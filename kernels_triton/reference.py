@@ -131,7 +131,7 @@ def chunkwise(
             tail = xp.zeros_like(x[:, :, :1, ...]) + fill
             x = xp.concat([x, *[tail] * missing], axis=2)
         x = xp.reshape(x, (B, H, n_chunks, L, *x.shape[3:]))
-        return xp.moveaxis(x, 2, 0)
+        return xp.permute_dims(x, (2, 0, 1, *range(3, len(x.shape))))
 
     def step(state: tuple[Array, Array, Array], chunk: tuple[Array, ...]) -> tuple[Any, Array]:
         c, n, m = state
@@ -162,5 +162,5 @@ def chunkwise(
     # The tail remembers everything (log f = 0) and adds nothing (i = -inf, but finite).
     xs = (chunks(q, 0.0), chunks(k, 0.0), chunks(v, 0.0), chunks(i, -1e30), chunks(log_f, 0.0))
     state, hs = scan(step, (c, n, m), xs)
-    h = xp.reshape(xp.moveaxis(hs, 0, 2), (B, H, n_chunks * L, v.shape[-1]))
+    h = xp.reshape(xp.permute_dims(hs, (1, 2, 0, 3, 4)), (B, H, n_chunks * L, v.shape[-1]))
     return h[:, :, :T, :], state
