@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import os
@@ -16,7 +15,6 @@ import numpy as np
 
 from kernels_triton import interpreter
 from kernels_triton.launch import Descriptor, Pass, Spec
-from kernels_triton.problem import Problem
 
 Arrays = dict[str, jax.Array]
 
@@ -115,29 +113,3 @@ def run(program: Pass, arrays: Mapping[str, jax.Array], backend: str) -> Arrays:
     """Execute a pass on contiguous arrays."""
     results = (_interpret if backend == "interpret" else launch_all)(program, arrays)
     return varying(results, *arrays.values())
-
-
-def run_batched(make: Callable[[Problem], Pass], problem: Problem, arrays: Arrays, backend: str) -> Arrays:
-    """Execute a problem's pass. Under `jax.vmap` the mapped axis becomes part of the batch: one pass, not a loop.
-
-    Packed sequences have no batch: they do run one after the other.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def execute(arrays: Arrays) -> Arrays:
-        return run(make(problem), arrays, backend)
-
-    @execute.def_vmap
-    def _(size: int, is_mapped: list[dict[str, bool]], arrays: Arrays) -> tuple[Arrays, dict[str, bool]]:
-        mapped = {name: x for name, x in arrays.items() if is_mapped[0][name]}
-        if problem.sequences:
-            results: Arrays = jax.lax.map(lambda x: run_batched(make, problem, arrays | x, backend), mapped)
-        else:
-            shared = {name: jnp.broadcast_to(x, (size, *x.shape)) for name, x in arrays.items() if name not in mapped}
-            wide = {name: x.reshape(-1, *x.shape[2:]) for name, x in (mapped | shared).items()}
-            many = run_batched(make, dataclasses.replace(problem, B=size * problem.B), wide, backend)
-            results = {name: x.reshape(size, -1, *x.shape[1:]) for name, x in many.items()}
-        return results, dict.fromkeys(results, True)
-
-    found: Arrays = execute(arrays)
-    return found

@@ -15,9 +15,10 @@ from jaxtyping import Float, Float32, Int, Int32
 from kernels_triton import packing, reference
 from kernels_triton.backend import choose_backend
 from kernels_triton.problem import Problem, architecture
-from kernels_triton.validation import ArrayInfo, check_call
+from kernels_triton.validation import FORWARD_MODE, ArrayInfo, check_call
 
-from .executor import run_batched, varying
+from .executor import varying
+from .sharding import run_batched
 
 States = tuple[Float32[Array, "B H K V"], Float32[Array, "B H K"], Float32[Array, "B H"]]
 NAMES = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial")
@@ -108,6 +109,18 @@ def _backward(static: Static, saved: Arrays, cotangents: Any) -> tuple[Arrays]:
 kernels_call.defvjp(_forward, _backward)
 
 
+def call(static: Static, arrays: Arrays) -> Any:
+    """h, and the last states where they are asked for, by the backend that is settled."""
+    if static.backend == "reference":
+        return reference_call(static, arrays)
+    try:
+        return kernels_call(static, arrays)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(FORWARD_MODE) from error
+
+
 @functools.partial(jax.jit, static_argnums=(0,))
 def reference_call(static: Static, arrays: Arrays) -> Any:
     """The readable reference in float32."""
@@ -161,7 +174,7 @@ def apply(
         arrays["m_initial"] = arrays["m_initial"].reshape(problem.state_heads)
     integers = tuple((name, arrays[name].shape) for name in PACKED if name in arrays)
     static = Static(problem, choose_backend(options["backend"], platform_of(q)), return_last_states, integers)
-    return (reference_call if static.backend == "reference" else kernels_call)(static, arrays)
+    return call(static, arrays)
 
 
 def mlstm_chunkwise(

@@ -19,10 +19,9 @@ from .operator import (
     Static,
     apply,
     architecture_of,
+    call,
     describe,
-    kernels_call,
     platform_of,
-    reference_call,
 )
 
 STEP = ("q", "k", "v", "i", "f", "c", "n", "m")
@@ -116,5 +115,5 @@ def mlstm_step(
     arrays = varying({name: jnp.asarray(x) for name, x in zip(NAMES, given.values(), strict=True)})
     arrays = {name: x[:, :, None] if name in NAMES[:5] else x for name, x in arrays.items()}
     arrays["m_initial"] = arrays["m_initial"].reshape(problem.B, problem.H)
-    h, last = (reference_call if static.backend == "reference" else kernels_call)(static, arrays)
+    h, last = call(static, arrays)
     return h[:, :, 0], last

@@ -11,15 +11,11 @@ from torch import Tensor
 
 from kernels_triton.launch import Pass
 from kernels_triton.problem import Problem
+from kernels_triton.validation import FORWARD_MODE, TWICE
 
 from .calls import NAMES, PACKED, Call, Tensors
 from .executor import SAVED, run
 from .tensors import head_strides, places, readable, suits
-
-TWICE = "mlstm_chunkwise: expected a first derivative, got a call to differentiate twice; use backend='reference'"
-
-
-FORWARD_MODE = "mlstm_chunkwise: expected reverse mode, got forward-mode differentiation; use backend='reference'"
 
 
 def no_forward_mode(ctx: Any, *_: Any) -> Any:

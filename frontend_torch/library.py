@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kernels_triton.backend import choose_backend
-from kernels_triton.validation import check_call
+from kernels_triton.validation import TWICE, check_call
 
-from .adapter import TWICE, differentiate, no_forward_mode
+from .adapter import differentiate, no_forward_mode
 from .calls import ARGUMENTS, NAMES, PACKED, Tensors, is_transposed, settle
 from .executor import dtype_of, run
 from .reference import run_reference

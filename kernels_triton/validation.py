@@ -28,6 +28,10 @@ from .problem import (
     contiguous_strides,
 )
 
+# What the kernels cannot differentiate, in either framework.
+FORWARD_MODE = "mlstm_chunkwise: expected reverse mode, got forward-mode differentiation; use backend='reference'"
+TWICE = "mlstm_chunkwise: expected a first derivative, got a call to differentiate twice; use backend='reference'"
+
 STATES = ("c_initial", "n_initial", "m_initial")
 
 

@@ -15,7 +15,7 @@ from frontend_jax import mlstm_chunkwise, mlstm_step
 from kernels_triton.backend import interpreting
 from tests.support import LAST, make_case
 
-CASE = make_case(B=2, H=2, T=19, K=8, V=8, states=False, cotangents=("h",), chunk_size=16)
+CASE = make_case(B=2, H=1, T=17, K=4, V=4, states=False, cotangents=("h",), chunk_size=16)
 ARRAYS = {name: jnp.asarray(x) for name, x in CASE.arrays.items()}
 DH = jnp.asarray(CASE.cotangents["h"])
 

@@ -16,6 +16,19 @@ def test_jit_changes_no_bit(backend):
     np.testing.assert_array_equal(jax.jit(lambda x: f(**x))(ARRAYS), f(**ARRAYS))
 
 
-def test_a_second_derivative_is_refused(loss):
-    with pytest.raises(ValueError, match="do not support JVP"):
-        jax.grad(lambda x: jax.grad(loss)(x)["q"].sum())(ARRAYS)
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["plain", "jit"])
+def test_a_second_derivative_is_refused(loss, transform):
+    with pytest.raises(
+        TypeError, match="mlstm_chunkwise: expected a first derivative, got a call to differentiate twice"
+    ):
+        jax.grad(lambda x: transform(jax.grad(loss))(x)["q"].sum())(ARRAYS)
+
+
+def test_forward_mode_is_refused(backend):
+    f = functools.partial(mlstm_chunkwise, **CASE.options, backend=backend)
+    with pytest.raises(
+        TypeError, match="mlstm_chunkwise: expected reverse mode, got forward-mode .*backend='reference'"
+    ):
+        jax.jvp(lambda q: f(**{**ARRAYS, "q": q}), (ARRAYS["q"],), (ARRAYS["q"],))
+    with pytest.raises(TypeError, match="forward-mode"):  # JAX's own words, once it is traced
+        jax.jacfwd(jax.jit(lambda q: f(**{**ARRAYS, "q": q})))(ARRAYS["q"])

@@ -1,0 +1,46 @@
+"""jit with sharded arrays, on eight devices of a CPU, in a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from frontend_jax import sharding
+from kernels_triton.config import configure
+from tests.test_plan import problem
+
+
+def test_eight_devices():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.interpret.jax_sharding_worker"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == [
+        "reference",
+        "ok",
+        "interpreted",
+        "ok",
+        "partitioned",
+        "ok",
+        "mapped",
+        "ok",
+        "packed",
+        "ok",
+    ]
+
+
+def test_a_device_computes_in_the_chunks_of_the_whole(monkeypatch):
+    """What a pass saves is shaped by them, and the partitioner cuts it along batch and heads alone."""
+    whole = problem(B=8, H=4, layout="bthd")
+    local = sharding._local(whole, 2, 2)
+    assert (local.B, local.H, local.chunk_size) == (2, 2, whole.chunk_size)
+    assert local.stride("q") == (local.T * 2 * local.K, local.K, 2 * local.K)
+    few = configure(local)
+    monkeypatch.setattr(
+        sharding, "configure", lambda p: configure(p) if p.B * p.H > 8 else type(few)(**{**vars(few), "L": few.L // 2})
+    )
+    assert sharding._local(whole, 2, 2).chunk_size == configure(whole).L
