@@ -186,7 +186,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 "cols": ("col_sums", sums),
                 "inner": ("inner", Spec((p.B, p.H, tiles, self.NT), "float32")),
             },
-            self.heads * self.NT * 2 * (self.L // tile.BT) * tiles,
+            self.heads * self.NT * 3 * (self.L // tile.BT) * tiles,  # three roles
             tile,
             "BT BS BK BV",
             K=p.K,

@@ -2,7 +2,8 @@
 
 from .chunk_backward import chunk_backward
 from .chunk_forward import chunk_forward
-from .fused import fused_backward, fused_forward
+from .fused import fused_forward
+from .fused_backward import fused_backward
 from .gates import gates_forward
 from .gates_backward import gates_backward
 from .gates_sums import gates_sums

@@ -10,9 +10,10 @@ from .common import (
     state_view,
     token_view,
 )
-from .keys_backward import keys_values_backward
+from .keys_backward import keys_backward
 from .packing import chunk_count, chunk_span
 from .queries_backward import queries_backward
+from .values_backward import values_backward
 
 
 @triton.jit
@@ -89,7 +90,7 @@ def chunk_backward(
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per head, chunk, role (dq, or dk and dv), tile of BT tokens and tile of BK keys.
+    """One program per head, chunk, role (dq, dk or dv), tile of BT tokens and tile of BK keys (dv: as many parts of V).
 
     dq_i = scale (sum_j<=i dS_ij D_ij k_j + beta_i (C dh_i / d_i + delta_i n)),
     dk_j = scale sum_i>=j dS_ij D_ij q_i + alpha_j (dC' v_j + dn'), with dS_ij = dh_i . v_j / d_i + delta_i, X = S dS,
@@ -102,9 +103,9 @@ def chunk_backward(
     n_chunks = chunk_count(T, sequences, L, PACKED)
     padded = n_chunks.to(tl.int64) * L
     key_tile = (pid % NKT).to(tl.int32)
-    role = ((pid // NKT) % (2 * NRT)).to(tl.int32)
-    n = ((pid // (2 * NRT * NKT)) % n_chunks).to(tl.int32)
-    head = pid // (n_chunks.to(tl.int64) * (2 * NRT * NKT))
+    role = ((pid // NKT) % (3 * NRT)).to(tl.int32)
+    n = ((pid // (3 * NRT * NKT)) % n_chunks).to(tl.int32)
+    head = pid // (n_chunks.to(tl.int64) * (3 * NRT * NKT))
 
     # All tokens are counted from the chunk's start from here on.
     t, length, end = chunk_span(chunks, n, n_chunks, T, L, PACKED)
@@ -130,17 +131,21 @@ def chunk_backward(
                 q_view, k_view, v_view, dh_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row,
                 d_inverse + o_row, delta + o_row, state_inverse + o_row, state_delta + o_row, state, p_norm,
                 dq + o_dk, dk_row, rows + o_sums, length, key_tile, padded,
-                K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, SOURCE, SOURCE, BF16,
-                PRECISION,
+                K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, SOURCE, SOURCE, BF16, PRECISION,
             )  # fmt: skip
-            if HAS_INNER and tile == 0:  # the program with the least to do
+        if role == NRT + tile:
+            keys_backward(
+                q_view, k_view, v_view, dh_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row,
+                d_inverse + o_row, delta + o_row, dstate, p_dnorm,
+                dk + o_dk, dk_row, cols + o_sums, length, key_tile, padded,
+                K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, SOURCE, SOURCE, BF16, PRECISION,
+            )  # fmt: skip
+        if role == 2 * NRT + tile:
+            values_backward(
+                q_view, k_view, dh_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row, d_inverse + o_row, dstate,
+                dv + o_dv, dv_row, length, key_tile,
+                K, V, BT, BK, BV, L, BS, tile, SCALE, PAIRS, SOURCE, SOURCE, BF16, PRECISION,
+            )  # fmt: skip
+            if HAS_INNER and tile == NRT - 1:  # the program with the least to do
                 p_inner = inner + (head * NKT + key_tile) * n_chunks + n
                 _state_product(state, dstate, p_norm, p_dnorm, p_inner, key_tile, K, V, BK, BV, HAS_NORMS, SOURCE)
-        if role == NRT + tile:
-            keys_values_backward(
-                q_view, k_view, v_view, dh_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row,
-                d_inverse + o_row, delta + o_row, dstate, p_dnorm, dk + o_dk, dk_row, dv + o_dv, dv_row,
-                cols + o_sums, length, key_tile, padded,
-                K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, SOURCE, SOURCE, BF16,
-                PRECISION,
-            )  # fmt: skip
