@@ -145,6 +145,13 @@ def _packed(infos: Mapping[str, ArrayInfo], layout: str, B: int, T: int, chunk_s
     return sequences
 
 
+def no_packed_segments(cu_seqlens: Any) -> None:
+    """Raises ValueError where packed sequences would be split over devices."""
+    if cu_seqlens is not None:
+        kind = type(cu_seqlens).__name__
+        raise ValueError(f"cu_seqlens: expected None, as packed sequences cannot be split over devices, got {kind}")
+
+
 def check_call(
     arrays: Mapping[str, ArrayInfo | None],
     *,
