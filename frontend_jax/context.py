@@ -133,16 +133,28 @@ def _by_reference(segments: Segments, arrays: Arrays) -> tuple[Array, States]:
     return reference_call(static, arrays | dict(zip(STATES, before, strict=True)))
 
 
-def _inside(
-    given: tuple[Array | None, ...], return_last_states: bool, axis: str, options: dict[str, Any]
-) -> Any:
+def _inside(given: tuple[Array | None, ...], return_last_states: bool, axis: str, options: dict[str, Any]) -> Any:
     """The call of one device, inside `shard_map`."""
     try:
         count = jax.lax.axis_size(axis)
     except NameError as error:
         raise ValueError(f"axis: expected an axis of the mesh inside shard_map, or mesh=, got {axis!r}") from error
     if count == 1:
-        return apply(given, return_last_states, options)
+        h, last = apply(given, True, options)
+    else:
+        h, last = _one_of(count, axis, given, return_last_states, options)
+    if not return_last_states:
+        return h
+    # The last segment's, for all: replicated also in the eyes of shard_map, and of its transposition.
+    is_last = jax.lax.axis_index(axis) == count - 1
+    c, n, m = (jax.lax.psum(jnp.where(is_last, x, jnp.zeros_like(x)), axis) for x in last)
+    return h, (c, n, m)
+
+
+def _one_of(
+    count: int, axis: str, given: tuple[Array | None, ...], return_last_states: bool, options: dict[str, Any]
+) -> tuple[Array, States]:
+    """h of this device's segment and its own last state."""
     infos = {name: describe(name, x) for name, x in zip(NAMES, given, strict=True)}
     problem = check_call(infos, **options)
     problem = dataclasses.replace(problem, arch=architecture_of(given[0]), has_initial=True)
@@ -154,13 +166,7 @@ def _inside(
     static = Static(problem, choose_backend(options["backend"], platform_of(given[0])), return_last_states)
     segments = Segments(static, axis, count)
     arrays = varying({name: arrays[name] for name in NAMES}, segments.index)
-    h, last = (_by_reference if static.backend == "reference" else _by_kernels)(segments, arrays)
-    if not return_last_states:
-        return h
-    # The last segment's, for all: replicated also in the eyes of shard_map, and of its transposition.
-    is_last = segments.index == count - 1
-    c, n, m = (jax.lax.psum(jnp.where(is_last, x, jnp.zeros_like(x)), axis) for x in last)
-    return h, (c, n, m)
+    return (_by_reference if static.backend == "reference" else _by_kernels)(segments, arrays)
 
 
 def mlstm_context_parallel(
@@ -203,8 +209,8 @@ def mlstm_context_parallel(
             the axis; all three or none. Their gradients are those of the whole sequence (inside a shard_map with
             check_vma=False, as for every replicated argument, their sum over the devices is).
         return_last_states: also return the state after the last token of the whole sequence, replicated.
-        eps, chunk_size, qk_scale, normalizer_grad, layout, precision, save_states, input_gate, normalize, backend: as of
-            `mlstm_chunkwise`.
+        eps, chunk_size, qk_scale, normalizer_grad, layout, precision, save_states, input_gate, normalize, backend: as
+            of `mlstm_chunkwise`.
         axis: the mesh axis that the tokens are split over.
         mesh: the mesh, outside `shard_map`; its devices along `axis` must divide T.
         batch_axis, head_axis: with `mesh`, the mesh axes that batch and heads are split over; other axes compute the
@@ -218,7 +224,7 @@ def mlstm_context_parallel(
         TypeError, ValueError: the argument, what was expected and what came; before anything is launched.
     """
     no_packed_segments(cu_seqlens)
-    options = {
+    options: dict[str, Any] = {
         "eps": eps,
         "chunk_size": chunk_size,
         "qk_scale": qk_scale,

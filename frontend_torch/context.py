@@ -25,7 +25,6 @@ from .operator import States, apply
 from .reference import run_reference
 from .tensors import head_strides, places
 
-
 # Its name from PyTorch 2.13 on, where the other one warns.
 _all_gather: Any = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 
@@ -49,7 +48,7 @@ class Segments:
         return found.unflatten(0, (self.count, -1))
 
 
-def _segments(group: ProcessGroup | DeviceMesh | None) -> Segments:
+def _segments(group: Any) -> Segments:
     if not (distributed.is_available() and distributed.is_initialized()):
         raise ValueError("group: expected torch.distributed to be initialised (init_process_group), got none")
     if isinstance(group, DeviceMesh):
@@ -227,19 +226,19 @@ def mlstm_context_parallel(
     one state and two or three numbers per head, forward and backward, whatever the number of tokens:
     `kernels_triton.context.exchanged_bytes`. Nothing waits on the host.
 
-    Gradients are those of the sum of all processes' losses, as through `torch.distributed`'s differentiable collectives:
-    every process has to come to the backward pass, each gets the gradients of its own tokens, and those of a replicated
-    tensor are the sum over the processes.
+    Gradients are those of the sum of all processes' losses, as through differentiable collectives: every process has to
+    come to the backward pass, each gets the gradients of its own tokens, and that of a replicated tensor is the sum of
+    what the processes get. PyTorch's compiler and torch.func do not see through it: `torch.compiler.disable` it there.
 
     Args:
         q, k, v, i, f: this process's tokens, as of `mlstm_chunkwise`.
         c_initial, n_initial, m_initial: state before the first token of the whole sequence, the same on all processes;
-            all three or none (if any has it). Only the first process uses its values: its gradient is the whole one,
+            all three or none. Only the first process uses its values: its gradient is the whole one,
             the others' are zero.
         return_last_states: also return the state after the last token of the whole sequence, the same on all processes;
             its cotangent is the sum of those of all processes.
-        eps, chunk_size, qk_scale, normalizer_grad, layout, precision, save_states, input_gate, normalize, backend: as of
-            `mlstm_chunkwise`, the same on all processes.
+        eps, chunk_size, qk_scale, normalizer_grad, layout, precision, save_states, input_gate, normalize, backend: as
+            of `mlstm_chunkwise`, the same on all processes.
         group: the processes, as a ProcessGroup or a DeviceMesh of one dimension; None: the default group.
         cu_seqlens: None: packed sequences cannot be split.
 

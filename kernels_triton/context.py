@@ -116,8 +116,8 @@ def share(results: Mapping[str, Array], m_initial: Array, rho: Array | None, pic
     """
     xp = array_api_compat.array_namespace(m_initial)
     zeros = xp.zeros_like(m_initial)
-    rho, passes = (zeros, zeros) if rho is None else (rho, picked < 0)
-    return pack(results["dc_initial"], results["dn_initial"], m_initial, rho, passes)
+    told = (zeros, zeros) if rho is None or picked is None else (rho, picked < 0)
+    return pack(results["dc_initial"], results["dn_initial"], m_initial, *told)
 
 
 def cotangent_after(

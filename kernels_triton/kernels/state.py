@@ -109,7 +109,7 @@ def state_scan(
     kt = (pid // NVT) % NKT
     state = pid // (NVT * NKT)
     n_chunks = chunk_count(T, sequences, L, PACKED)
-    KEEP: tl.constexpr = SEGMENTS == ONE or SEGMENTS == FOLLOW
+    KEEP: tl.constexpr = SEGMENTS != SUM and SEGMENTS != LAST
     if (not KEEP or not HAS_NORMS) and pid == 0:
         tl.store(norms, 0.0)
     if not KEEP and pid == 0:
