@@ -233,8 +233,8 @@ def mlstm_context_parallel(
     Args:
         q, k, v, i, f: this process's tokens, as of `mlstm_chunkwise`.
         c_initial, n_initial, m_initial: state before the first token of the whole sequence, the same on all processes;
-            all three or none. Only the first process uses its values: its gradient is the whole one,
-            the others' are zero.
+            all three or none. The first process gets the whole of their gradients by the kernels, the others zeros;
+            by the reference each gets a part.
         return_last_states: also return the state after the last token of the whole sequence, the same on all processes;
             its cotangent is the sum of those of all processes.
         eps, chunk_size, qk_scale, normalizer_grad, layout, precision, save_states, input_gate, normalize, backend: as
