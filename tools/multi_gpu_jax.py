@@ -114,12 +114,13 @@ def _times(place: Place, function: Callable[..., Any], shape: Sequence[int], sha
 def _scale(place: Place) -> None:
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     one_device = functools.partial(frontend_jax.mlstm_chunkwise, backend=place.timed_backend)
+    by_tokens = _by_tokens(place, backend=place.timed_backend)
     for name, shape, spec, function in (
         (
             "tokens",
             CONTEXT[place.device],
             PartitionSpec(None, None, "seq"),
-            _by_tokens(place, backend=place.timed_backend),
+            by_tokens,
         ),
         ("batch", BATCH[place.device], PartitionSpec("seq"), one_device),
     ):
