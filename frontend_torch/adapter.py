@@ -35,6 +35,29 @@ class _FirstOnly(torch.autograd.Function):
         raise RuntimeError(TWICE)
 
 
+def readable_cotangent(problem: Problem, dh: Tensor | None, v: Tensor) -> Tensor:
+    """h's cotangent in memory that the kernels can read; zeros like v where there is none."""
+    dh = torch.zeros_like(v) if dh is None else readable(dh, problem.layout)
+    return dh.clone(memory_format=torch.contiguous_format) if problem.descriptors and not suits(dh) else dh
+
+
+def restored(problem: Problem, env: dict[str, Tensor], before: tuple[Any, ...]) -> Problem:
+    """The problem for saved tensors, which hooks (offloading, say) may bring back in other memory than `before`."""
+    if places(env) == before:
+        return problem
+    strides = {n: head_strides(env[n], problem.layout) if n in env else s for n, s in problem.strides}
+    suit = problem.descriptors and all(suits(env[name]) for name in ("q", "k", "v"))
+    return dataclasses.replace(problem, strides=tuple(strides.items()), descriptors=suit)
+
+
+def first_only(env: dict[str, Tensor], results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients; under create_graph a constant cotangent must not make them look constant."""
+    if not torch.is_grad_enabled():
+        return results
+    anchors = [x for x in env.values() if x.requires_grad]
+    return dict(zip(results, _FirstOnly.apply(len(anchors), *anchors, *results.values()), strict=True))
+
+
 def differentiate(
     problem: Problem,
     backend: str,
@@ -51,9 +74,7 @@ def differentiate(
 
     env = dict(saved)
     dh, *dlast = cotangents
-    env["dh"] = torch.zeros_like(env["v"]) if dh is None else readable(dh, problem.layout)
-    if problem.descriptors and not suits(env["dh"]):
-        env["dh"] = env["dh"].clone(memory_format=torch.contiguous_format)
+    env["dh"] = readable_cotangent(problem, dh, env["v"])
     has_dlast = any(x is not None for x in dlast)
     if has_dlast:
         head = problem.state_heads
@@ -91,17 +112,11 @@ class _Chunkwise(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         from kernels_triton import plan
 
-        problem: Problem = ctx.problem
         env = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        if places(env) != ctx.places:  # hooks on saved tensors (offloading, say) may bring them back in other memory
-            strides = {n: head_strides(env[n], problem.layout) if n in env else s for n, s in problem.strides}
-            suit = problem.descriptors and all(suits(env[name]) for name in ("q", "k", "v"))
-            problem = dataclasses.replace(problem, strides=tuple(strides.items()), descriptors=suit)
+        problem = restored(ctx.problem, env, ctx.places)
         with torch.no_grad():
             results = differentiate(problem, ctx.backend, env, cotangents, plan.forward_pass(problem, True))
-        if torch.is_grad_enabled():  # create_graph: a constant cotangent must not make the gradients look constant
-            anchors = [x for x in env.values() if x.requires_grad]
-            results = dict(zip(results, _FirstOnly.apply(len(anchors), *anchors, *results.values()), strict=True))
+        results = first_only(env, results)
         packed = (None,) * (ctx.arguments - len(NAMES))
         return (None, None, None, None, *(results.get(f"d{name}") for name in NAMES), *packed)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from .config import MAX_SEGMENTS, PROGRAMS
 from .kernels import state_scan
-from .kernels.state import FOLLOW, ONE, SUM
+from .kernels.state import FOLLOW, LAST, ONE, SUM
 from .launch import Launch, Spec
 from .launch_builder import LaunchBuilder, cdiv
 
@@ -44,12 +44,13 @@ class ScanBuilder(LaunchBuilder):
         outputs: dict[str, tuple[str, Spec]],
         **flags: Any,
     ) -> Launch:
-        """segments: ONE, SUM or FOLLOW, a constant of kernels/state.py."""
+        """segments: ONE, SUM, FOLLOW or LAST, a constant of kernels/state.py."""
         p, tile = self.p, self.config.dstate if backward else self.config.state
         x, y = ("q", "dh") if backward else ("k", "v")
         tokens, unit = self._tokens(tile, ("x", x), ("y", y))
         count = self.segments(backward)
-        programs = {ONE.value: 1, SUM.value: count - 1, FOLLOW.value: count}[segments.value]
+        programs = {SUM.value: count - 1, FOLLOW.value: count}.get(segments.value, 1)
+        follows = count > 1 and segments.value in (FOLLOW.value, LAST.value)
         return self._launch(
             state_scan,
             {
@@ -59,8 +60,8 @@ class ScanBuilder(LaunchBuilder):
                 "u": "state_delta" if backward else None,
                 "gamma": "gamma",
                 **operands,
-                **{x: name if segments.value == FOLLOW.value else None for x, name in SUMS.items()},
-                "segment": cdiv(self.NT, count) if count > 1 and not self.packed else 0,
+                **{x: name if follows else None for x, name in SUMS.items()},
+                "segment": 0 if self.packed or segments.value == ONE.value else cdiv(self.NT, count),
                 **self.packing,
             },
             outputs,
@@ -87,14 +88,15 @@ class ScanBuilder(LaunchBuilder):
         backward: bool,
         operands: dict[str, Any],
         names: tuple[str, str, str, str, str],
+        keep: bool = True,
         **flags: bool,
     ) -> tuple[Launch, ...]:
-        """names: of the outputs' buffers."""
+        """names: of the outputs' buffers. keep: store the chunks' states, not only what the scan comes to."""
         p, head = self.p, self.p.state_heads
         count = self.segments(backward)
         shapes = (
-            self.states_spec,
-            self.norms_spec if flags["HAS_NORMS"] else Spec((1,), "float32"),
+            self.states_spec if keep else Spec((1,), self.state_dtype),
+            self.norms_spec if keep and flags["HAS_NORMS"] else Spec((1,), "float32"),
             Spec((*head, p.K, p.V), p.c_dtype if backward else "float32"),
             Spec((*head, p.K), "float32"),
             Spec((*head, self._tiles(backward), 2) if flags["HAS_OUTER"] else (1,), "float32"),
@@ -102,7 +104,7 @@ class ScanBuilder(LaunchBuilder):
         parameters = ("states", "norms", "state_out", "norm_out", "outer")
         outputs = {x: (name, shape) for x, name, shape in zip(parameters, names, shapes, strict=True)}
         if count == 1:
-            return (self._scan(backward, ONE, operands, outputs, **flags),)
+            return (self._scan(backward, ONE if keep else LAST, operands, outputs, **flags),)
         # Of packed sequences a segment's place follows from its first chunk: of those kept none has fewer than four.
         of = (p.H, self.NT // 4 + 1) if self.packed else (*head, count - 1)
         added, norms_added, left = SUMS.values()
@@ -116,7 +118,7 @@ class ScanBuilder(LaunchBuilder):
         nothing, no_flags = dict.fromkeys(operands), dict.fromkeys(flags, False) | {"HAS_NORMS": flags["HAS_NORMS"]}
         return (
             self._scan(backward, SUM, nothing, dict(zip(parameters, sums, strict=True)), **no_flags),
-            self._scan(backward, FOLLOW, operands, outputs, **flags),
+            self._scan(backward, FOLLOW if keep else LAST, operands, outputs, **flags),
         )
 
     def state_forward(self, last: tuple[str, str] = ("c_last", "n_last")) -> tuple[Launch, ...]:
@@ -137,10 +139,22 @@ class ScanBuilder(LaunchBuilder):
             HAS_NORMS=p.normalize,
         )
 
+    def segment_state(self) -> tuple[Launch, ...]:
+        """The last state alone, from a state of 0, whatever the problem's initial one."""
+        operands = ("state_in", "norm_in", "fw_last", "fw_norm_last", "fw_initial", "fw_norm_initial")
+        return self._scans(
+            False,
+            dict.fromkeys(operands),
+            ("unused_states", "unused_norms", "c_last", "n_last", "unused_scan"),
+            keep=False,
+            **dict.fromkeys(("HAS_STATE_IN", "HAS_NORM_IN", "HAS_INITIAL", "HAS_OUTER"), False),
+            HAS_NORMS=self.p.normalize,
+        )
+
     def state_backward(
-        self, has_dc_last: bool, has_dn_last: bool, outer: bool = True, norms: bool = True
+        self, has_dc_last: bool, has_dn_last: bool, outer: bool = True, norms: bool = True, keep: bool = True
     ) -> tuple[Launch, ...]:
-        """Cotangents of the states after each chunk, and of the initial state.
+        """Cotangents of the states after each chunk (unless not to keep), and of the initial state.
 
         outer: with the products at both ends that the gates' gradients need. norms: n is there and has a cotangent.
         """
@@ -156,12 +170,13 @@ class ScanBuilder(LaunchBuilder):
                 "fw_norm_initial": "n_initial" if initial and norms else None,
             },
             (
-                "dstates",
-                "dnorms" if norms else "unused_dnorms",
+                "dstates" if keep else "unused_dstates",
+                "dnorms" if norms and keep else "unused_dnorms",
                 "dc_initial",
                 "dn_initial",
                 "outer" if outer else "unused_scan",
             ),
+            keep=keep,
             HAS_STATE_IN=has_dc_last,
             HAS_NORM_IN=has_dn_last,
             HAS_INITIAL=initial,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 from .builder import Builder
 from .config import Config
 from .launch import Launch, Pass, Spec
-from .launch_builder import GATES, LaunchBuilder
+from .launch_builder import GATES, NORMALISER, LaunchBuilder
 from .packing import chunk_table
 from .problem import SHORT, Problem, Strides, contiguous_strides
 
@@ -81,26 +82,40 @@ def backward_pass(
 
     The recurrent form saves nothing: its backward pass is that of the chunkwise form, after that form's forward pass.
     """
-    b = Builder(problem, config)
-    b.strides["dh"] = dh_strides or contiguous_strides(problem.H, problem.T, problem.V, problem.layout)
+    b = _backward_builder(problem, dh_strides, config)
     # n's cotangent is 0 where none is given and none flows through the normaliser.
     norms = problem.normalize and (problem.exact or has_dlast)
     launches = _forward(b, save=True) if problem.form == "recurrent" else []
-    launches.append(b.normaliser())
-    if not problem.save_states:
-        launches += b.state_forward(("unused_c_last", "unused_n_last"))
+    launches += [b.normaliser(), *_backward(b, has_dlast, norms), b.gates_gradient(has_dlast, has_dlast)]
+    return Pass(tuple(launches), _read(launches), _gradients(problem))
+
+
+def _backward_builder(problem: Problem, dh_strides: Strides | None, config: Config | None = None) -> Builder:
+    b = Builder(problem, config)
+    b.strides["dh"] = dh_strides or contiguous_strides(problem.H, problem.T, problem.V, problem.layout)
+    return b
+
+
+def _backward(b: Builder, has_dlast: bool, norms: bool) -> list[Launch]:
+    """From the normaliser to the sums for the gates' gradients. norms: n has a cotangent."""
+    launches = [] if b.p.save_states else [*b.state_forward(("unused_c_last", "unused_n_last"))]
     if b.config.fused:
-        launches.append(b.fused_backward(has_dlast, norms))
-    else:
-        launches += [*b.state_backward(has_dlast, has_dlast and norms, norms=norms), b.gradients(norms)]
-    launches.append(b.gates_gradient(has_dlast, has_dlast))
+        return [*launches, b.fused_backward(has_dlast, norms)]
+    return [*launches, *b.state_backward(has_dlast, has_dlast and norms, norms=norms), b.gradients(norms)]
+
+
+def _read(launches: Sequence[Launch]) -> tuple[str, ...]:
+    """What launches start from, in order."""
     made: set[str] = set()
-    read: dict[str, None] = {}  # in order
+    read: dict[str, None] = {}
     for launch in launches:
         read |= dict.fromkeys(x for x in launch.buffers if x not in made)
         made |= {buffer for buffer, _ in launch.outputs.values()}
-    gradients = (*GRADIENTS, *(GRADIENTS_INITIAL if problem.has_initial else ()))
-    return Pass(tuple(launches), tuple(read), gradients)
+    return tuple(read)
+
+
+def _gradients(problem: Problem) -> tuple[str, ...]:
+    return (*GRADIENTS, *(GRADIENTS_INITIAL if problem.has_initial else ()))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -111,3 +126,45 @@ def saved(problem: Problem, has_dlast: bool) -> frozenset[str]:
     """
     cotangents = {"dh", *(f"d{name}" for name in LAST)}
     return frozenset(x for y in (False, has_dlast) for x in backward_pass(problem, None, y).inputs) - cotangents
+
+
+@functools.lru_cache(maxsize=1024)
+def segment_state(problem: Problem) -> Pass:
+    """What a segment of a longer sequence makes of a state of 0, in place of `forward_pass`'s outputs.
+
+    `m_initial` is the stabiliser before it: of nothing, hence the lowest (`context.NO_STABILISER`). The sums of log f
+    are those of `totals` over its last axis and the first two of the one before it.
+    """
+    b = Builder(problem)
+    launches = (b.gates_sums(), b.gates(split=True), *b.segment_state())
+    return Pass(launches, _read(launches), (*LAST, "totals"))
+
+
+@functools.lru_cache(maxsize=1024)
+def segment_cotangent(problem: Problem, dh_strides: Strides | None = None, has_dlast: bool = False) -> Pass:
+    """A segment's own share of its initial state's cotangent, and the normaliser's share for `segment_backward`."""
+    b = _backward_builder(problem, dh_strides)
+    norms = problem.normalize
+    scan = b.state_backward(has_dlast, has_dlast and norms, outer=False, norms=norms, keep=False)
+    launches = (b.normaliser(), *scan)
+    return Pass(launches, _read(launches), (*GRADIENTS_INITIAL[:2], *NORMALISER))
+
+
+@functools.lru_cache(maxsize=1024)
+def segment_backward(problem: Problem, dh_strides: Strides | None = None, has_rho: bool = False) -> Pass:
+    """All gradients of a segment, after `segment_cotangent`, whose last state has a cotangent.
+
+    has_rho: `dm_last` is what is left of the last stabiliser's cotangent, elsewhere nothing is.
+    """
+    b = _backward_builder(problem, dh_strides)
+    launches = (*_backward(b, True, problem.normalize), b.gates_gradient(False, has_rho))
+    return Pass(launches, _read(launches), _gradients(problem))
+
+
+@functools.lru_cache(maxsize=1024)
+def segment_saved(problem: Problem, has_dlast: bool) -> frozenset[str]:
+    """`saved` of a segment, for its two backward passes and for what its frontend computes between them."""
+    passes = (segment_cotangent(problem, None, has_dlast), segment_backward(problem, None, has_dlast))
+    between = {"m_initial", "m_last", *(("picked", "c_last", "n_last") if has_dlast else ())}
+    read = {x for y in passes for x in y.inputs} - {"dh", *NORMALISER, *(f"d{name}" for name in LAST)}
+    return frozenset(read | between)

@@ -145,6 +145,29 @@ def _packed(infos: Mapping[str, ArrayInfo], layout: str, B: int, T: int, chunk_s
     return sequences
 
 
+def no_packed_segments(cu_seqlens: Any) -> None:
+    """Raises ValueError where packed sequences would be split over devices."""
+    if cu_seqlens is not None:
+        kind = type(cu_seqlens).__name__
+        raise ValueError(f"cu_seqlens: expected None, as packed sequences cannot be split over devices, got {kind}")
+
+
+def check_segments(problem: Problem, mesh: Mapping[str, int], axes: Mapping[str, str | None]) -> None:
+    """Raises ValueError unless the sizes of tokens, batch and heads can be split over these axes of a mesh.
+
+    axes: axis, batch_axis and head_axis, the arguments of these names.
+    """
+    sizes = {"axis": ("T", problem.T), "batch_axis": ("B", problem.B), "head_axis": ("H", problem.H)}
+    given = {name: axis for name, axis in axes.items() if axis is not None}
+    for name, axis in given.items():
+        one_of(name, axis, tuple(mesh))
+        symbol, size = sizes[name]
+        if size % mesh[axis]:
+            raise ValueError(f"q: expected {symbol} divisible by the {mesh[axis]} devices of {name}, got {size}")
+    if len(set(given.values())) < len(given):
+        raise ValueError(f"axis, batch_axis, head_axis: expected different axes, got {', '.join(given.values())}")
+
+
 def check_call(
     arrays: Mapping[str, ArrayInfo | None],
     *,

@@ -109,7 +109,8 @@ def test_a_launch_checks_its_names():
 def test_passes_are_closed(states, has_dlast):
     """Every buffer read was given or made before; every result was made; nothing is made twice."""
     p = problem(states=states)
-    for program in (plan.forward_pass(p), plan.backward_pass(p, None, has_dlast)):
+    segment = (plan.segment_state(p), plan.segment_cotangent(p, None, has_dlast), plan.segment_backward(p))
+    for program in (plan.forward_pass(p), plan.backward_pass(p, None, has_dlast), *(segment if states else ())):
         known = set(program.inputs)
         for launch in program.launches:
             assert isinstance(launch, Launch)

@@ -42,10 +42,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recurrent": {"form": "recurrent"},
     "plain": {"input_gate": "sigmoid", "normalize": False},
     "packed": {"packed": True, "layout": "bthd"},
+    "segment": {},  # of a sequence that is split over devices
 }
 # Those that are compiled for some targets, head dims and dtypes only, since they differ from the rest in little.
 HOPPER = ("sm_90", "128x256", "bfloat16")
-RARE = {"plain": (HOPPER,), "packed": (HOPPER, *((target, "64x64", "bfloat16") for target in TARGETS))}
+SOME = (HOPPER, *((target, "64x64", "bfloat16") for target in TARGETS))
+RARE = {"plain": (HOPPER,), "packed": SOME, "segment": (*SOME, ("sm_90", "64x64", "float32"))}
 
 
 @dataclasses.dataclass
@@ -117,6 +119,12 @@ def _passes(
                 known[f"{name}_{suffix}"] = known[f"d{name}_{suffix}"] = ((*problem.state_heads, *shape), "float32")
         for launch in forward.launches:
             known |= {buffer: (spec.shape, spec.dtype) for buffer, spec in launch.outputs.values()}
+        if variant == "segment":
+            segment = plan.segment_state(problem), plan.segment_cotangent(problem, None, True)
+            known |= {name: (spec.shape, spec.dtype) for name, spec in segment[1].specs.items()}
+            for program in (*segment, plan.segment_backward(problem, None, True)):
+                yield variant, program, {name: known[name] for name in program.inputs}
+            continue
         if variant != "detached":  # the forward pass does not depend on it
             yield "forward" if variant == "exact" else variant, forward, {name: known[name] for name in forward.inputs}
         if variant != "recurrent":

@@ -20,7 +20,7 @@ def gates_backward(
     cols,  # (B, H, 2 * NKT, NT * L) per key tile: sum_i>j X_ij; U_j
     inner,  # (B, H, NW, NT) partial <dC', C> + dn'.n per chunk
     outer,  # (B, H, NP, 2) likewise at the last state; at the initial state
-    dm_last,  # (B, H) if HAS_DM_LAST
+    dm_last,  # (B, H) if HAS_DM_LAST; without HAS_DLAST what is left of it, rho
     picked,  # (B, H)
     chunks,  # of packed sequences: see packing.py
     sequences,  # likewise: how many; else 0
@@ -84,8 +84,10 @@ def gates_backward(
     b_di = b_col + b_diag + b_u
     b_dlogf = tl.cumsum(b_row - b_col, 0, reverse=True) + (tl.cumsum(b_u, 0) - b_u) + w
     dm0 = at_initial
-    if HAS_DLAST and not SIGMOID:  # the last stabiliser's own cotangent goes where its maximum came from
-        rho = -at_last
+    if (HAS_DLAST or HAS_DM_LAST) and not SIGMOID:  # the last stabiliser's own goes where its maximum came from
+        rho = tl.full([], 0.0, tl.float64)
+        if HAS_DLAST:
+            rho -= at_last
         if HAS_DM_LAST:
             rho += tl.load(dm_last + state).to(tl.float64)
         pick = tl.load(picked + state)

@@ -20,9 +20,11 @@ from .common import (
 from .packing import chunk_count, sequence_span
 
 # How a scan is cut: not at all; or into segments, what each adds, and the segments from where those before them end.
+# LAST: what a scan, cut or not, comes to; only the last segment runs, and no state but the last is stored.
 ONE = tl.constexpr(0)
 SUM = tl.constexpr(1)
 FOLLOW = tl.constexpr(2)
+LAST = tl.constexpr(3)
 
 
 @triton.jit
@@ -57,7 +59,7 @@ def state_scan(
     fw_norm_last,  # (B, H, K) backward, if HAS_STATE_IN: n_last
     fw_initial,  # (B, H, K, V) backward, if HAS_INITIAL: c_initial
     fw_norm_initial,  # (B, H, K) backward, if HAS_INITIAL
-    sums,  # (B, H, segments - 1, K, V), packed (H, NT // 4 + 1, K, V); if SEGMENTS == FOLLOW: what each adds to S
+    sums,  # (B, H, segments - 1, K, V), packed (H, NT // 4 + 1, K, V); if SEGMENTS >= FOLLOW: what each adds to S
     norm_sums,  # (B, H, segments - 1, K) likewise for n
     decays,  # (B, H, segments - 1) likewise: what it leaves of S and n
     segment,  # chunks per segment, unless SEGMENTS == ONE or PACKED
@@ -107,14 +109,17 @@ def state_scan(
     kt = (pid // NVT) % NKT
     state = pid // (NVT * NKT)
     n_chunks = chunk_count(T, sequences, L, PACKED)
-    if (SEGMENTS == SUM or not HAS_NORMS) and pid == 0:
+    KEEP: tl.constexpr = SEGMENTS != SUM and SEGMENTS != LAST
+    if (not KEEP or not HAS_NORMS) and pid == 0:
         tl.store(norms, 0.0)
-    if SEGMENTS == SUM and pid == 0:
+    if not KEEP and pid == 0:
         tl.store(states, 0.0)
     if SEGMENTS != SUM and not HAS_OUTER and pid == 0:
         tl.store(outer, 0.0)
     rank = 0
-    if SEGMENTS != ONE:
+    if SEGMENTS == LAST:  # of packed sequences there is none
+        rank = ((n_chunks - 1) // segment).to(tl.int32)
+    elif SEGMENTS != ONE:
         count = MOST - (SEGMENTS == SUM) if PACKED else (n_chunks - 1) // segment + (SEGMENTS == FOLLOW)
         rank = (state % count).to(tl.int32)
         state = state // count
@@ -156,7 +161,7 @@ def state_scan(
                 product += norm_product(b_norm, fw_norm_last + state * K, o_k, vt, K, BK)
         tl.store(p_outer, product)
 
-    if SEGMENTS == FOLLOW:
+    if SEGMENTS >= FOLLOW:
         for s in range(0, rank):
             o_sum = o_sums + ((begin + s * segment) // 4 if PACKED else s)
             decay = tl.load(decays + o_sum)
@@ -176,7 +181,7 @@ def state_scan(
             decay = tl.where(step % PER == 0, decay, 1.0)
         if PER == 1 or step % PER == 0:
             o_chunk = head * n_chunks + n
-            if SEGMENTS != SUM:
+            if KEEP:
                 store_state(states + o_chunk * K * V, b_state, k0, v0, K, V, BK, BV)
                 if HAS_NORMS and vt == 0:
                     store_vector(norms + o_chunk * K, b_norm, o_k, K, BK)
