@@ -41,6 +41,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 "sums": ("sums", Spec((*head, 2, self.NT * self.L), "float32")),
                 "totals": ("totals", Spec((*head, 4, self.NT), "float32")),
                 "tokens": ("tokens", Spec((*head, self.NT), "int32")),
+                "groups": ("groups", Spec((*head, 4, cdiv(self.NT, self.G)), "int32")),
             },
             self.heads * cdiv(self.NT, self.G),
             Tile(0, 0, 0, 0, num_warps=4, num_stages=1),
@@ -71,7 +72,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 "m_initial": "m_initial" if p.has_initial else None,
                 "m_token": m_token,
                 "m_chunk_given": m_chunk,
-                **{name: name if split else None for name in ("sums", "totals", "tokens")},
+                **{name: name if split else None for name in ("sums", "totals", "tokens", "groups")},
                 **self.packing,
             },
             {

@@ -21,17 +21,20 @@ class ScanBuilder(LaunchBuilder):
         tile = self.config.dstate if backward else self.config.state
         return cdiv(self.p.K, tile.BK) * cdiv(self.p.V, tile.BV)
 
-    def _most(self, backward: bool) -> int:
-        """Into how many segments a scan may be cut: as many as make PROGRAMS programs."""
-        return min(MAX_SEGMENTS, PROGRAMS // (self.heads * self._tiles(backward)))
+    def _limits(self, backward: bool) -> tuple[int, int]:
+        """Into how many segments a scan may be cut: those of 4 chunks or more, and those of 16 or more."""
+        scans = self.heads * self._tiles(backward)
+        few, most = (min(MAX_SEGMENTS, programs // scans) for programs in PROGRAMS)
+        return few, most
 
     def segments(self, backward: bool) -> int:
-        """Into how many segments the scan is cut: `_most`, of four chunks or more; packed sequences each by its length.
+        """Into how many segments the scan is cut; packed sequences at most, each by its length (`state._segment`).
 
         As the gates' kernel, only from so many chunks on: of other lengths there are two plans then, not three.
         """
-        NT, most = cdiv(self.p.T, self.L), self._most(backward)
-        most = most if self.packed else min(most, NT // 4)
+        NT, (few, most) = cdiv(self.p.T, self.L), self._limits(backward)
+        if not self.packed:
+            most = max(min(few, NT // 4), min(most, NT // 16))
         if NT <= self.G or most <= 1:
             return 1
         return most if self.packed else cdiv(NT, cdiv(NT, most))
@@ -72,6 +75,7 @@ class ScanBuilder(LaunchBuilder):
             V=p.V,
             UNIT=unit,
             SEGMENTS=segments.value,
+            FEW=self._limits(backward)[0] if self.packed else 1,
             MOST=count if self.packed else 1,
             UNCUT=self.G,
             PACKED=self.packed,

@@ -4,19 +4,13 @@ import triton
 import triton.language as tl
 
 from .common import LOG2E, NEG_INF, load_pair, store_pair
-from .gates_sums import chunk_sums, log_input
+from .gates_sums import chunk_sums, load_float64, log_input, then
 from .packing import chunk_count, sequence_span
 
 
 @triton.jit
 def _maximum(x, y):
     return tl.maximum(x, y)
-
-
-@triton.jit
-def _then(total_x, best_x, total_y, best_y):
-    """Two stretches of tokens, one after the other: what they add to a stabiliser, and the least they leave."""
-    return total_x + total_y, tl.maximum(best_x + total_y, best_y)
 
 
 @triton.jit
@@ -30,7 +24,7 @@ def _previous(x, first, G: tl.constexpr):
 @triton.jit
 def _advance(carry, pick, n, total, largest, token, G: tl.constexpr):
     """The stabilisers at the starts of G chunks n, the one after them, and the token that gave it."""
-    totals, best = tl.associative_scan((total, largest + total), 0, _then)
+    totals, best = tl.associative_scan((total, largest + total), 0, then)
     after = tl.maximum(carry + totals, best)
     begin = _previous(after, carry, G)
     last = tl.max(tl.where(largest > begin, n, -1), 0)
@@ -57,6 +51,7 @@ def gates_forward(
     sums,  # (B, H, 2, NT * L) if SPLIT
     totals,  # (B, H, 4, NT) if SPLIT
     tokens,  # (B, H, NT) if SPLIT
+    groups,  # (B, H, 4, NT / G) if SPLIT
     chunks,  # of packed sequences: see packing.py
     sequences,  # likewise: how many; else 0
     T,
@@ -120,12 +115,21 @@ def gates_forward(
     if not PACKED and first == 0:
         tl.store(m_chunk + chunk_row, carry.to(tl.float32))
     if SPLIT and not SIGMOID:
-        for n0 in range(0, first, G):
-            n = n0 + o_n
+        p_groups = groups + head * 4 * n_groups
+        pick_group = tl.full([], -1, tl.int32)  # the last group in which a token exceeds what was there
+        pick_carry = carry
+        for group in tl.range(0, first // G, loop_unroll_factor=4):
+            moved = carry + load_float64(p_groups, group, n_groups)
+            best = load_float64(p_groups + 2 * n_groups, group, n_groups)
+            pick_group = tl.where(best > moved, group, pick_group)
+            pick_carry = tl.where(best > moved, carry, pick_carry)
+            carry = tl.maximum(moved, best)
+        if stop == n_chunks and pick_group >= 0:
+            n = pick_group * G + o_n
             total = _float64(load_pair(p_totals, p_totals + n_chunks, n, True))
             largest = _float64(load_pair(p_totals + 2 * n_chunks, p_totals + 3 * n_chunks, n, True))
             token = tl.load(tokens + head * n_chunks + n)
-            _, carry, pick = _advance(carry, pick, n, total, largest, token, G)
+            _, _, pick = _advance(pick_carry, pick, n, total, largest, token, G)
 
     for n0 in range(first, stop, G):
         n = n0 + o_n

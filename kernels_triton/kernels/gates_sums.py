@@ -39,6 +39,31 @@ def _as_pair(x):
 
 
 @triton.jit
+def then(total_x, best_x, total_y, best_y):
+    """Two stretches of tokens, one after the other: what they add to a stabiliser, and the least they leave."""
+    return total_x + total_y, tl.maximum(best_x + total_y, best_y)
+
+
+@triton.jit
+def load_float64(x, o, step):
+    """A float64 whose halves are two int32, x[o] and x[o + step]: JAX has no float64 of its own by default."""
+    bits = (tl.load(x + o).to(tl.int64) << 32) | (tl.load(x + o + step).to(tl.int64) & 0xFFFFFFFF)
+    return bits.to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _store_float64(x, o, step, value):
+    bits = value.to(tl.int64, bitcast=True)
+    tl.store(x + o, (bits >> 32).to(tl.int32))
+    tl.store(x + o + step, bits.to(tl.int32))
+
+
+@triton.jit
+def _last(x, G: tl.constexpr):
+    return tl.max(tl.where(tl.arange(0, G) == G - 1, x, NEG_INF), 0)
+
+
+@triton.jit
 def chunk_sums(
     i, i_sb, i_sh, i_st, f, f_sb, f_sh, f_st, head, t, m_t,
     H: tl.constexpr,
@@ -77,6 +102,7 @@ def gates_sums(
     sums,  # (B, H, 2, NT * L) pair: prefix sum of log f inside the chunk
     totals,  # (B, H, 4, NT) pairs: its total; the largest i - b
     tokens,  # (B, H, NT) int32: the token of the latter
+    groups,  # (B, H, 4, groups of G chunks) int32, halves of float64: a group's total; the least that it leaves
     H: tl.constexpr,
     L: tl.constexpr,
     G: tl.constexpr,
@@ -100,3 +126,7 @@ def gates_sums(
     store_pair(p_totals, p_totals + n_chunks, n, total, m_n)
     store_pair(p_totals + 2 * n_chunks, p_totals + 3 * n_chunks, n, largest, m_n)
     tl.store(tokens + head * n_chunks + n, token, mask=m_n)
+    totals_to, best_to = tl.associative_scan((total, largest + total), 0, then)
+    o_group = head * 4 * n_groups + pid % n_groups
+    _store_float64(groups, o_group, n_groups, _last(totals_to, G))
+    _store_float64(groups, o_group + 2 * n_groups, n_groups, _last(best_to, G))

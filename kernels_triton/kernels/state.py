@@ -28,9 +28,9 @@ LAST = tl.constexpr(3)
 
 
 @triton.jit
-def _segment(chunks, MOST: tl.constexpr, UNCUT: tl.constexpr):
+def _segment(chunks, FEW: tl.constexpr, MOST: tl.constexpr, UNCUT: tl.constexpr):
     """Chunks per segment of a packed sequence: `ScanBuilder.segments` says the same of one that is alone."""
-    most = tl.maximum(tl.minimum(chunks // 4, MOST), 1)
+    most = tl.maximum(tl.maximum(tl.minimum(chunks // 4, FEW), tl.minimum(chunks // 16, MOST)), 1)
     count = tl.cdiv(chunks, tl.cdiv(chunks, most))
     return tl.where(chunks > UNCUT, tl.cdiv(chunks, count), chunks)
 
@@ -87,6 +87,7 @@ def state_scan(
     HAS_INITIAL: tl.constexpr,
     HAS_OUTER: tl.constexpr,
     HAS_NORMS: tl.constexpr,
+    FEW: tl.constexpr,
     MOST: tl.constexpr,
     UNCUT: tl.constexpr,
     PACKED: tl.constexpr,
@@ -99,7 +100,8 @@ def state_scan(
     S <- gamma S + sum_t w_t x_t y_t^T and n <- gamma n + sum_t u_t x_t, chunk by chunk; backward from the last one.
     Where heads are few, the scan is cut into segments that run side by side: a first launch (SUM) finds what each but
     the last adds, a second (FOLLOW) starts each segment from what those before it leave. A packed
-    sequence is cut as it would be alone: into MOST segments at most, if it has more than UNCUT chunks.
+    sequence is cut as it would be alone: if it has more than UNCUT chunks, into MOST segments at most, into more than
+    FEW of them only where it is long.
     """
     NKT: tl.constexpr = (K + BK - 1) // BK
     NVT: tl.constexpr = (V + BV - 1) // BV
@@ -129,7 +131,7 @@ def state_scan(
     stop = finish
     if SEGMENTS != ONE:
         if PACKED:
-            segment = _segment(finish - begin, MOST, UNCUT)
+            segment = _segment(finish - begin, FEW, MOST, UNCUT)
         first = begin + rank * segment
         stop = tl.minimum(first + segment, finish)
         others = (finish - begin - 1) // segment  # all segments but the last
