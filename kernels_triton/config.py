@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from importlib import resources
 from typing import Any
 
-from .problem import LONGEST_CHUNK, Problem
+from .problem import LONGEST_CHUNK, PRECISIONS, Problem
 
 # Shared memory of one program, bytes, by architecture: what a configuration must fit.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
@@ -68,8 +68,8 @@ TILES = tuple(x.name for x in fields(Config) if x.name not in ("L", "gates"))
 def table(arch: str) -> tuple[Mapping[str, Any], ...]:
     """The entries for an architecture, the first that suits a problem counts.
 
-    An entry: dtypes; K and V, the largest head dims; heads, the fewest and the most of them; and a Config for chunks of
-    L tokens, its tiles as lists in Tile's order.
+    An entry: dtypes; perhaps precisions, by default all; K and V, the largest head dims; heads, the fewest and the most
+    of them; and a Config for chunks of L tokens, its tiles as lists in Tile's order.
     """
     name = TABLES.get(arch, FALLBACK)
     return tuple(json.loads((resources.files(__package__) / "configs" / f"{name}.json").read_text())["entries"])
@@ -78,6 +78,7 @@ def table(arch: str) -> tuple[Mapping[str, Any], ...]:
 def _suits(entry: Mapping[str, Any], problem: Problem) -> bool:
     fewest, most = entry["heads"]
     fits = problem.K <= entry["K"] and problem.V <= entry["V"]
+    fits = fits and problem.precision in entry.get("precisions", PRECISIONS)
     return problem.dtype in entry["dtypes"] and fits and fewest <= problem.B * problem.H <= (most or 2**31)
 
 

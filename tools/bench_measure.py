@@ -166,7 +166,8 @@ def time_round(entry: Entry, sets: list[Inputs], device: str) -> float:
     runner = entry.runner
     assert runner is not None
     operands = [runner.operands(inputs) for inputs in sets[: entry.calls]]
-    runner.wait(runner.call(operands[0]))  # its memory is allocated now, its code and clocks are warm
+    for _ in range(min(3, entry.calls)):  # its memory is allocated now, its code and the clocks are warm
+        runner.wait(runner.call(operands[0]))
     return time_calls(lambda n: runner.call(operands[n % len(operands)]), runner.wait, entry.calls, device)
 
 

@@ -132,7 +132,8 @@ def fused_backward(
         tl.store(inner + o_chunk, product)
         keys_backward(
             (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row,
-            d_inverse + o_row, delta + o_row, (b_state,), b_norm, dk + o_dk, dk_row, cols + o_sums, t_end - t, 0, padded,
+            d_inverse + o_row, delta + o_row, (b_state,), b_norm,
+            dk + o_dk, dk_row, cols + o_sums, t_end - t, 0, padded,
             K, V, L, BK, BV, L, L, 0, SCALE, HAS_NORMS, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         values_backward(

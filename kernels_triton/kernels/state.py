@@ -206,8 +206,11 @@ def state_scan(
         y_view = token_view(y, y_sb, y_sh, y_st, head, t, end, H, UNIT, SOURCE)
         b_x = tl.trans(load_tokens(x_view, 0, k0, BT, K, BK, SOURCE)).to(tl.float32)  # [BK, BT]
         b_y = load_tokens(y_view, 0, v0, BT, V, BV, SOURCE)
-        b_xw = operand(b_x * b_w[None, :], BF16, PRECISION)
-        b_state = dot(b_xw, operand(b_y, BF16, PRECISION), b_state, PRECISION)
+        b_xw = b_x * b_w[None, :]
+        if not BACKWARD and b_y.dtype == tl.float16:  # forward no weight exceeds 1
+            b_state = dot(b_xw.to(tl.float16), b_y, b_state, PRECISION)
+        else:
+            b_state = dot(operand(b_xw, BF16, PRECISION), operand(b_y, BF16, PRECISION), b_state, PRECISION)
         if HAS_NORMS and vt == 0:
             b_norm += tl.sum(b_x * b_u[None, :], 1)
 
