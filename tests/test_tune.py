@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -64,8 +66,44 @@ def test_compiling_one_tile():
     assert shared < 1000
 
 
+class FakeBench:
+    """A GPU on which one tile is fastest but wrong, and another takes its process along."""
+
+    def __init__(self, problem, config):
+        pass
+
+    def time(self, field, config):
+        if config.state.num_stages == 4:
+            os._exit(7)
+        return {1: 1.0, 2: 2.0, 3: 3.0}[config.state.num_stages]
+
+    def check(self, config):
+        return "h: error" if config.state.num_stages == 1 else ""
+
+
+def fake_measure(*arguments):
+    tune_measure.Bench = FakeBench
+    tune_measure.measure(*arguments)
+
+
+def test_a_tile_that_takes_its_process_along_is_left_out(monkeypatch):
+    monkeypatch.setattr(tune, "tune_measure", SimpleNamespace(measure=fake_measure))
+    tiles = {n: Tile(64, 16, 64, 64, 4, stages) for n, stages in enumerate((4, 3, 1, 2))}
+    times, wrong = tune.on_gpu(A, "bfloat16", "state", "sm_90", tiles)
+    assert times == {1: 3.0, 2: 1.0, 3: 2.0}
+    assert wrong == {0: "fails on the GPU: exit code 7", 2: "h: error", 3: ""}
+
+
+def test_the_entry_of_a_precision():
+    table = json.loads(tune_measure.table_path("sm_90").read_text())["entries"]
+    for name in ("float32-tf32", "float32-ieee"):
+        config = configure(tune_measure.make_problem(A, name, "sm_90"))
+        own = [x for x in table if "float32" in x["dtypes"] and name.split("-")[1] in x["precisions"]]
+        assert dataclasses.astuple(config.backward)[: len(own[0]["backward"])] == tuple(own[0]["backward"])
+
+
 def test_bad_arguments():
-    for arguments in (["--shapes", "Z"], ["--kernels", "mix"]):
+    for arguments in (["--shapes", "Z"], ["--kernels", "mix"], ["--dtype", "float8", "--target", "sm_90"]):
         assert CliRunner().invoke(_app(), arguments).exit_code == 2
 
 

@@ -40,6 +40,7 @@ from .report import Result
 
 MODES = ("exact", "detached")
 BACKENDS = {"cpu": "interpret", "cuda": "triton"}
+PROCESS_BYTES = 5 * 2**30  # of a GPU's memory that one process, with both frameworks in it, may come to hold
 RERUNS = {"cpu": 0, "cuda": 5}  # of each case through torch: a race shows as bits that move (tests rerun on a CPU)
 
 
@@ -211,6 +212,15 @@ def whole(case: Case, multiple: int) -> Case:
     return dataclasses.replace(case, T=-(-case.T // step) * step)
 
 
+def fitting(jobs: int, device: str) -> int:
+    """As many of those processes as a GPU has memory for."""
+    if device != "cuda":
+        return jobs
+    import torch
+
+    return max(1, min(jobs, torch.cuda.get_device_properties(0).total_memory // PROCESS_BYTES))
+
+
 def device_name(device: str) -> str:
     """What the run computes on, in words."""
     if device == "cpu":
@@ -255,7 +265,7 @@ def main(
     report.show(console, facts)
     start = time.perf_counter()
     try:
-        results = check_all(selected, settings, jobs)
+        results = check_all(selected, settings, fitting(jobs, device) if unavailable(settings) is None else jobs)
     except KeyboardInterrupt:
         console.print("interrupted")
         raise typer.Exit(130) from None

@@ -4,8 +4,8 @@
 
 For each shape and kernel: every valid tile is compiled, in processes side by side; those that spill or do not fit
 shared memory are dropped; each survivor is timed in turns with the others on the shape's own tensors; the fastest
-within 1 % of the best whose gradients pass the comparison with float64 is taken. With --compile-only it stops after the
-compiler, which needs no GPU. Exit code 1 if a kernel is left without a tile.
+within 1 % of the best whose gradients pass the comparison with float64 is taken. One that the GPU does not run is out.
+With --compile-only it stops after the compiler, which needs no GPU. Exit code 1 if a kernel is left without a tile.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -25,13 +24,17 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from kernels_triton.config import Tile
+
 from . import tune_measure
 from .bench_cases import SHAPES, Shape, matching
-from .tune_candidates import BLOCKS, candidates, with_tile
+from .tune_candidates import BLOCKS, candidates
 
 ROUNDS = 5
 KERNELS_HELP = f"Glob patterns of {', '.join(BLOCKS)}; by default all."
 SLACK = 1.01  # times closer than this count as equal: the tile that stands first stays
+Times = dict[int, float]  # by a tile's number
+Wrong = dict[int, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,43 @@ def compile_all(jobs: list[tuple[Any, ...]], workers: int) -> list[tuple[int, in
         return list(tqdm(results, total=len(jobs), desc="compile", unit="tile", disable=None))
 
 
+def on_gpu(shape: Shape, dtype: str, field: str, arch: str, tiles: dict[int, Tile]) -> tuple[Times, Wrong]:
+    """Milliseconds of each tile, and what is wrong with those that were checked or that the GPU does not run.
+
+    In a process of its own: a kernel with an illegal access takes its process along. Then again without that one.
+    """
+    left = dict(tiles)
+    wrong: Wrong = {}
+    while left:
+        receive, send = get_context("spawn").Pipe(duplex=False)
+        arguments = (shape, dtype, field, arch, left, ROUNDS, SLACK, send)
+        process = get_context("spawn").Process(target=tune_measure.measure, args=arguments)
+        process.start()
+        send.close()
+        times: Times = {}
+        last: int | None = None
+        total = ROUNDS * len(left)
+        with tqdm(total=total, desc=f"{shape.name} {field}", unit="run", disable=None) as bar:
+            try:
+                while True:
+                    what, value = receive.recv()
+                    if what == "wrong":
+                        process.join()
+                        return times, wrong | value
+                    times = value if what == "times" else times
+                    last = value if what != "times" else last
+                    bar.update(what == "time")
+            except EOFError:  # it died
+                process.join()
+            finally:
+                process.kill()
+        if last is None:
+            raise RuntimeError(f"{field}: expected times, got exit code {process.exitcode} before the first")
+        wrong[last] = f"fails on the GPU: exit code {process.exitcode}"
+        del left[last]
+    return {}, wrong
+
+
 def search(shape: Shape, dtype: str, field: str, arch: str, workers: int, only_compile: bool) -> list[Found]:
     """All candidates of one kernel, the fastest good one first."""
     problem = tune_measure.make_problem(shape, dtype, arch)
@@ -68,36 +108,27 @@ def search(shape: Shape, dtype: str, field: str, arch: str, workers: int, only_c
         found = [dataclasses.replace(x, problem="" if x.problem == "spills" else x.problem) for x in found]
     if only_compile:
         return sorted(found, key=lambda x: bool(x.problem))
-    bench = tune_measure.Bench(problem, config)
-    alive = [n for n, x in enumerate(found) if not x.problem]
-    times: dict[int, list[float]] = {n: [] for n in alive}
-    for _ in tqdm(range(ROUNDS), desc=f"{shape.name} {field}", unit="round", disable=None):
-        for n in alive:
-            times[n].append(bench.time(field, with_tile(config, field, tiles[n])))
-    for n in alive:
-        found[n] = dataclasses.replace(found[n], ms=statistics.median(times[n]))
-    ranked = sorted(found, key=lambda x: (bool(x.problem), x.ms if x.ms is not None else float("inf")))
-    best = ranked[0].ms or 0.0
-    near = [x for x in found if not x.problem and x.ms is not None and x.ms <= best * SLACK]
-    order = near + [x for x in ranked if x not in near]
-    for position, x in enumerate(order):
-        if x.problem:
-            break
-        wrong = bench.check(with_tile(config, field, tiles[found.index(x)]))
-        if not wrong:
-            return [x, *order[:position], *order[position + 1 :]]
-        order[position] = dataclasses.replace(x, problem=wrong)
-    return sorted(order, key=lambda x: bool(x.problem))
+    alive = {n: tiles[n] for n, x in enumerate(found) if not x.problem}
+    times, wrong = on_gpu(shape, dtype, field, arch, alive)
+    found = [dataclasses.replace(x, ms=times.get(n), problem=wrong.get(n) or x.problem) for n, x in enumerate(found)]
+    right = [x for n, x in enumerate(found) if wrong.get(n) == ""]
+    rest = sorted(
+        (x for x in found if x not in right),
+        key=lambda x: (bool(x.problem), x.ms if x.ms is not None else float("inf")),
+    )
+    return [*right, *rest]
 
 
-def write(path: Path, shape: Shape, dtype: str, chosen: dict[str, tuple[int, ...]], machine: str) -> None:
+def write(path: Path, shape: Shape, name: str, chosen: dict[str, tuple[int, ...]], machine: str) -> None:
     """Put the tiles into the entry that serves the shape."""
     data = json.loads(path.read_text())
     heads = shape.B * shape.H
+    dtype = tune_measure.dtype_named(name)
     entry = next(
         x
         for x in data["entries"]
-        if dtype in x["dtypes"]
+        if dtype.dtype in x["dtypes"]
+        and dtype.precision in x.get("precisions", [dtype.precision])
         and shape.K <= x["K"]
         and shape.V <= x["V"]
         and x["heads"][0] <= heads <= (x["heads"][1] or heads)
@@ -121,7 +152,7 @@ def table(shape: Shape, field: str, found: list[Found]) -> Table:
 
 def main(
     shapes: list[str] = typer.Option(["A", "B7", "C64", "AL"], help="Glob patterns of tools.bench's shapes."),
-    dtype: str = typer.Option("bfloat16", help="Of q, k and v."),
+    dtype: str = typer.Option("bfloat16", help="One of tools.bench's: float32 with its precision, as float32-tf32."),
     kernels: list[str] = typer.Option([], help=KERNELS_HELP),
     target: str | None = typer.Option(None, help="Architecture to compile for, without a GPU; implies --compile-only."),
     only_compile: bool = typer.Option(False, "--compile-only", help="Stop after compiling."),
@@ -132,6 +163,7 @@ def main(
     try:
         wanted = matching(SHAPES, shapes, "shapes", lambda x: x.name)
         fields = matching(tuple(BLOCKS), kernels, "kernels", str)
+        tune_measure.dtype_named(dtype)
         arch = target or tune_measure.this_architecture()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,28 @@ from kernels_triton.problem import Problem
 from kernels_triton.validation import ArrayInfo, check_call
 
 from . import compare, sass
-from .bench_cases import Shape
+from .bench_cases import DTYPES, Dtype, Shape
 from .cases import Arrays, Case, make_inputs
 from .tune_candidates import KERNELS, with_tile
 
 CHECKED_TOKENS = 1024
 
 
-def make_problem(shape: Shape, dtype: str, arch: str) -> Problem:
-    """The operator's problem on contiguous inputs; through descriptors where the PyTorch frontend does so."""
+def dtype_named(name: str) -> Dtype:
+    """One of tools.bench's dtypes: float32 with its precision."""
+    found = next((x for x in DTYPES if x.name == name), None)
+    if found is None:
+        raise ValueError(f"dtype: expected one of {', '.join(x.name for x in DTYPES)}, got {name!r}")
+    return found
+
+
+def make_problem(shape: Shape, name: str, arch: str) -> Problem:
+    """The operator's problem on contiguous inputs; through descriptors where the PyTorch frontend does so.
+
+    name: of a dtype of tools.bench.
+    """
     B, H, T, K, V = shape.sizes
+    dtype, precision = dtype_named(name).dtype, dtype_named(name).precision
     shapes = {"q": (B, H, T, K), "k": (B, H, T, K), "v": (B, H, T, V), "i": (B, H, T), "f": (B, H, T)}
     problem = check_call(
         {name: ArrayInfo(x, "float32" if name in ("i", "f") else dtype, "") for name, x in shapes.items()},
@@ -35,7 +49,7 @@ def make_problem(shape: Shape, dtype: str, arch: str) -> Problem:
         qk_scale=None,
         normalizer_grad="exact",
         layout="bhtd",
-        precision="ieee",
+        precision=precision,
         backend="auto",
     )
     descriptors = arch == "sm_90" and dtype == "bfloat16" and K % 8 == 0 and V % 8 == 0
@@ -190,7 +204,7 @@ class Bench:
         """A short problem with the same head dims, its inputs, their results in float64 and the tolerances."""
         p = self.problem
         H = MANY_HEADS if p.B * p.H >= MANY_HEADS else min(4, p.H)
-        case = Case("tune", B=1, H=H, T=CHECKED_TOKENS, K=p.K, V=p.V, dtype=p.dtype)
+        case = Case("tune", B=1, H=H, T=CHECKED_TOKENS, K=p.K, V=p.V, dtype=p.dtype, precision=p.precision)
         arrays = make_inputs(case)
         exact = compare.truth(case, arrays, "cuda")
         inputs = {"dh" if name == "d_h" else name: compare.to_torch(x, "cuda") for name, x in arrays.items()}
@@ -205,3 +219,32 @@ class Bench:
         env |= self.executor.launch_all(forward, env)
         gradients = self.executor.launch_all(plan.backward_pass(problem, None, False, config), env, earlier=forward)
         return {"h": env["h"], **gradients}
+
+
+def measure(
+    shape: Shape, dtype: str, field: str, arch: str, tiles: Mapping[int, Tile], rounds: int, slack: float, send: Any
+) -> None:
+    """Times tiles in turns, and checks them, the fastest first, until one is right. For a process of its own.
+
+    Sends ("time", n) and ("check", n) before it does so with tile n, ("times", {n: milliseconds}) and, last,
+    ("wrong", {n: what}) of those that were checked, "" for the one that is right. Those within `slack` of the best keep
+    their order.
+    """
+    problem = make_problem(shape, dtype, arch)
+    config = config_of(problem)
+    bench = Bench(problem, config)
+    rows: dict[int, list[float]] = {n: [] for n in tiles}
+    for _ in range(rounds):
+        for n, tile in tiles.items():
+            send.send(("time", n))
+            rows[n].append(bench.time(field, with_tile(config, field, tile)))
+    times = {n: statistics.median(row) for n, row in rows.items()}
+    send.send(("times", times))
+    best = min(times.values())
+    wrong = {}
+    for n in sorted(times, key=lambda n: (times[n] > best * slack, times[n] if times[n] > best * slack else n)):
+        send.send(("check", n))
+        wrong[n] = bench.check(with_tile(config, field, tiles[n]))
+        if not wrong[n]:
+            break
+    send.send(("wrong", wrong))
