@@ -154,7 +154,7 @@ def main(
     device: str = typer.Option("cpu", help="cpu: Triton's interpreter, tiny shapes. cuda: GPUs, with NCCL."),
     devices: int = typer.Option(2, min=2, help="How many."),
     frameworks: list[str] = typer.Option(list(FRAMEWORKS), help="torch, jax."),
-    timeout: float = typer.Option(240.0, min=1.0, help="Seconds for each framework's processes."),
+    timeout: float = typer.Option(400.0, min=1.0, help="Seconds for each framework's processes."),
     json_path: Path | None = typer.Option(None, "--json", help="Write all rows there."),
 ) -> None:
     """Split sequences, batch and heads over devices: equality, scaling and what is exchanged."""
