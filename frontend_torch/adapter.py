@@ -13,7 +13,7 @@ from kernels_triton.launch import Pass
 from kernels_triton.problem import Problem
 from kernels_triton.validation import FORWARD_MODE, TWICE
 
-from .calls import NAMES, PACKED, Call, Tensors
+from .calls import NAMES, PACKED, RESULTS, Call, Tensors
 from .executor import SAVED, run
 from .tensors import head_strides, places, readable, suits
 
@@ -85,8 +85,17 @@ def differentiate(
     return run(program, env, backend, earlier=earlier)
 
 
+def _forward_pass(problem: Problem, save: bool, last: bool) -> Pass:
+    from kernels_triton import plan
+
+    return plan.forward_pass(problem, save, None, False, last)
+
+
 class _Chunkwise(torch.autograd.Function):
-    """The kernels' two passes. Tensors are (B, H, T, ...) or (B, T, H, ...) as the problem's layout says."""
+    """The kernels' two passes. Tensors are (B, H, T, ...) or (B, T, H, ...) as the problem's layout says.
+
+    Results are h and, if asked for, the last states.
+    """
 
     jvp = staticmethod(no_forward_mode)
 
@@ -96,33 +105,54 @@ class _Chunkwise(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         from kernels_triton import plan
 
-        env = {name: x for name, x in zip((*NAMES, *PACKED), tensors, strict=False) if x is not None}
-        results = run(plan.forward_pass(problem, save), env, backend)
-        if not save:
-            return tuple(results[name] for name in ("h", *plan.LAST))
-        kept = plan.saved(problem, last)
-        saved = {name: x for name, x in (env | results).items() if name in kept or name == SAVED}
-        ctx.arguments = len(tensors)
-        ctx.problem, ctx.backend, ctx.names, ctx.places = problem, backend, tuple(saved), places(saved)
-        ctx.save_for_backward(*saved.values())
-        ctx.set_materialize_grads(False)
-        return tuple(results[name] for name in ("h", *plan.LAST))
+        env = _named(tensors)
+        program = _forward_pass(problem, save, last)
+        results = run(program, env, backend)
+        if save:
+            kept = plan.saved(problem, last)
+            saved = {name: x for name, x in (env | results).items() if name in kept or name == SAVED}
+            ctx.arguments = len(tensors)
+            ctx.problem, ctx.backend, ctx.last = problem, backend, last
+            ctx.names, ctx.places = tuple(saved), places(saved)
+            ctx.save_for_backward(*saved.values())
+            ctx.set_materialize_grads(False)
+        return tuple([results[name] for name in _results(last)])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        from kernels_triton import plan
-
         env = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         problem = restored(ctx.problem, env, ctx.places)
         with torch.no_grad():
-            results = differentiate(problem, ctx.backend, env, cotangents, plan.forward_pass(problem, True))
+            earlier = _forward_pass(problem, True, ctx.last)
+            results = differentiate(problem, ctx.backend, env, cotangents, earlier)
         results = first_only(env, results)
         packed = (None,) * (ctx.arguments - len(NAMES))
         return (None, None, None, None, *(results.get(f"d{name}") for name in NAMES), *packed)
 
 
-def run_kernels(call: Call, tensors: Tensors, last: bool) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """h and the last states. tensors: as `settle` gives them; last: the states may get cotangents."""
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)
-    h, c, n, m = _Chunkwise.apply(call.problem, call.backend, save, last, *tensors)
-    return (h.transpose(1, 2) if call.transposed else h), (c, n, m)
+def _results(last: bool) -> tuple[str, ...]:
+    return RESULTS if last else RESULTS[:1]
+
+
+def _in_forward_mode() -> bool:
+    """Whether tensors may carry tangents; if in doubt they may."""
+    return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+
+
+def _named(tensors: Tensors) -> dict[str, Tensor]:
+    return {name: x for name, x in zip((*NAMES, *PACKED), tensors, strict=False) if x is not None}
+
+
+def _recorded(tensors: Tensors) -> bool:
+    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
+
+
+def run_kernels(call: Call, tensors: Tensors, last: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """h and, if asked for, the last states, which may get cotangents. tensors: as `settle` gives them."""
+    save = _recorded(tensors)
+    if save or _in_forward_mode():
+        h, *states = _Chunkwise.apply(call.problem, call.backend, save, last, *tensors)
+    else:  # nothing for autograd to see, whose wrapping takes as long as a launch
+        results = run(_forward_pass(call.problem, False, last), _named(tensors), call.backend)
+        h, *states = (results[name] for name in _results(last))
+    return (h.transpose(1, 2) if call.transposed else h), tuple(states)

@@ -17,6 +17,7 @@ from .executor import ALIGNMENT
 from .tensors import architecture_of, describe, head_strides, platform_of, readable_argument, suits
 
 NAMES = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial")
+RESULTS = ("h", "c_last", "n_last", "m_last")
 PACKED = ("cu_seqlens", "chunks")  # for packed sequences: their offsets, their chunk table
 ARGUMENTS = (*NAMES, "cu_seqlens", "chunk_table")  # the tensors' names to their callers
 # "0": never through tensor descriptors; "1": wherever they may be had; else where they pay. The same bits.

@@ -16,10 +16,10 @@ from kernels_triton.backend import choose_backend
 from kernels_triton.validation import TWICE, check_call
 
 from .adapter import differentiate, no_forward_mode
-from .calls import ARGUMENTS, NAMES, PACKED, Tensors, is_transposed, settle
-from .executor import dtype_of, run
+from .calls import ARGUMENTS, NAMES, PACKED, RESULTS, Tensors, is_transposed, settle
+from .executor import run
 from .reference import run_reference
-from .tensors import describe, platform_of
+from .tensors import describe, dtype_of, platform_of
 
 States = tuple[Tensor, Tensor, Tensor]
 OPTIONS = {
@@ -35,7 +35,6 @@ OPTIONS = {
     "backend": "str",
     "form": "str",
 }
-RESULTS = ("h", "c_last", "n_last", "m_last")
 # What the forward pass may save, each an output of its own: what a call has no need of is empty, (B, H, 0).
 SAVED = ("c", "c_low", "a", "a_low", "gamma", "gamma_low", "picked", "states", "norms", "floor", "r", "chunks")
 GRADIENTS = tuple(f"d{name}" for name in NAMES)  # those of absent initial states are empty

@@ -29,12 +29,10 @@ def host_checked(cu_seqlens: Tensor | None, q: Any, layout: str) -> Tensor | Non
     return cu_seqlens.to(q.device, non_blocking=True)
 
 
-def apply(
-    tensors: Tensors, last: bool, options: dict[str, Any], form: str = "chunkwise"
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """h and the last states.
+def apply(tensors: Tensors, last: bool, options: dict[str, Any], form: str = "chunkwise") -> tuple[Tensor, Any]:
+    """h, and the three last states if asked for by `last`.
 
-    tensors: by NAMES, perhaps by ARGUMENTS; options: of `check_call`; last: the states may get cotangents.
+    tensors: by NAMES, perhaps by ARGUMENTS; options: of `check_call`.
     """
     tensors = (*library.autocast(tensors[:3]), *tensors[3:])
     if not library.is_plain(tensors):

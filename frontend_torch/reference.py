@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels_triton import packing, reference
 from kernels_triton.problem import Problem
 
-from .executor import dtype_of
+from .tensors import dtype_of
 
 
 def run_reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:

@@ -11,8 +11,8 @@ from typing import Any
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from .calls import ARGUMENTS
-from .library import GRADIENTS, HEADS, OPTIONS, READ_BACKWARD, RESULTS, SAVED, chunkwise, chunkwise_backward
+from .calls import ARGUMENTS, RESULTS
+from .library import GRADIENTS, HEADS, OPTIONS, READ_BACKWARD, SAVED, chunkwise, chunkwise_backward
 
 TOKENS = frozenset(
     ["q", "k", "v", "i", "f", "h", "dq", "dk", "dv", "di", "df", "dh"]

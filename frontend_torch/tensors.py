@@ -12,7 +12,17 @@ from torch import Tensor
 from kernels_triton.problem import MAX_TOKEN_STRIDE, Strides, architecture, suits_descriptors
 from kernels_triton.validation import ArrayInfo
 
-from .executor import dtype_name
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The shared name of a dtype, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a shared name."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def describe(name: str, x: Any) -> ArrayInfo | None:

@@ -89,11 +89,6 @@ class Launch:
     def reads_descriptors(self) -> bool:
         return any(isinstance(x, Descriptor) for x in self.operands.values())
 
-    @functools.cached_property
-    def compiled(self) -> dict[Any, Any]:
-        """What an executor keeps from one run of this launch to the next; it lives as long as the plan does."""
-        return {}
-
     @property
     def buffers(self) -> tuple[str, ...]:
         """The names of the buffers read, in the kernel's order."""
@@ -157,6 +152,11 @@ class Pass:
 
     def __post_init__(self) -> None:
         _ = self.specs
+
+    @functools.cached_property
+    def kept(self) -> dict[Any, Any]:
+        """What an executor keeps from one run of the pass to the next; it lives as long as the plan does."""
+        return {}
 
     @functools.cached_property
     def spent(self) -> tuple[tuple[str, ...], ...]:

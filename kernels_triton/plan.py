@@ -27,9 +27,9 @@ def _saved(b: LaunchBuilder) -> tuple[str, ...]:
     return (*gates, "picked", *states, "c_last", *normaliser, *(("h",) if b.p.exact else ()))
 
 
-def _handed_on(b: LaunchBuilder, save: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The results of a forward pass: for its caller, and for the backward pass alone."""
-    own = ("h", *LAST)
+def _handed_on(b: LaunchBuilder, save: bool, last: bool = True) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The results of a forward pass: for its caller, who may want the last states, and for the backward pass alone."""
+    own = ("h", *LAST) if last else ("h",)
     if not save or b.p.form == "recurrent":
         return own, ()
     table = ("chunks",) if b.packed and not b.p.has_table else ()
@@ -62,13 +62,16 @@ def _forward(b: Builder, save: bool) -> list[Launch]:
 
 
 @functools.lru_cache(maxsize=1024)
-def forward_pass(problem: Problem, save: bool = True, config: Config | None = None, apart: bool = False) -> Pass:
+def forward_pass(
+    problem: Problem, save: bool = True, config: Config | None = None, apart: bool = False, last: bool = True
+) -> Pass:
     """h, the last states, and to save, what the backward pass reads; states only as `problem.save_states` says.
 
     config: tile sizes other than the table's. apart: what is saved is results as any other, none in shared memory.
+    last: the last states are results.
     """
     b = Builder(problem, config)
-    own, saved = _handed_on(b, save)
+    own, saved = _handed_on(b, save, last)
     short = _is_recurrent(problem, save)
     launches = [b.recurrent()] if short else _forward(b, save and problem.save_states)
     return Pass(tuple(launches), _inputs(problem), (*own, *saved), () if apart else saved)

@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
 
 from frontend_torch import executor
 from kernels_triton import plan
-from kernels_triton.launch import SMALL, WIDTHS
+from kernels_triton.launch import SMALL, WIDTHS, Descriptor
 from tests.test_plan import problem
 
 
@@ -64,32 +65,104 @@ def inputs(p):
 def addresses(launch, arguments):
     """The address of each buffer that a launch was given."""
     given = zip(launch.arguments, arguments, strict=False)
-    return {x: y if isinstance(y, int) else y.data_ptr() for x, y in given if isinstance(x, str)}
+    given = ((x.buffer, y.base) if isinstance(x, Descriptor) else (x, y) for x, y in given if not isinstance(x, int))
+    return {x: y if isinstance(y, int) else y.data_ptr() for x, y in given}
 
 
 # The longer one takes gates in two launches and scans in segments.
-@pytest.mark.parametrize("dtype, T", [("float32", 300), ("bfloat16", 300), ("bfloat16", 3000)])
-def test_the_second_run_reads_what_the_first_would(calls, dtype, T):
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    "dtype, T, descriptors",
+    [("float32", 300, False), ("bfloat16", 300, False), ("bfloat16", 3000, False), ("bfloat16", 3000, True)],
+)
+def test_the_second_run_reads_what_the_first_would(calls, dtype, T, descriptors, last):
     """In both runs each buffer has one address; the backward pass finds those that the forward pass saved."""
-    p = problem(1, 2, T, 32, 32, dtype=dtype)
-    forward, backward = (recorded(x, calls) for x in (plan.forward_pass(p), plan.backward_pass(p)))
+    p = dataclasses.replace(problem(1, 2, T, 32, 32, dtype=dtype), descriptors=descriptors)
+    plans = plan.forward_pass(p, True, None, False, last), plan.backward_pass(p, None, False)
+    forward, backward = (recorded(x, calls) for x in plans)
     given = inputs(p)
-    for _ in range(2):
+    runs = []
+    for _ in range(3):
         calls.clear()
         results = executor.launch_all(forward, given)
+        assert ("m_last" in results) == last
         env = {**given, **results}
         gradients = executor.launch_all(backward, env, earlier=forward)
         assert list(gradients) == list(backward.results)
         known = {name: x.data_ptr() for name, x in env.items()}
-        start = results[executor.SAVED].data_ptr()
-        known |= {name: start + place for name, place in forward.arenas[0].places.items()}
+        if executor.SAVED in results:
+            start = results[executor.SAVED].data_ptr()
+            known |= {name: start + place for name, place in forward.arenas[0].places.items()}
         for program, made in ((forward, calls[: len(forward.launches)]), (backward, calls[len(forward.launches) :])):
             own = dict(known)
             for launch, (_, arguments) in zip(program.launches, made, strict=True):
                 for name, address in addresses(launch, arguments).items():
                     assert own.setdefault(name, address) == address, (launch.name, name)
         assert {name: x.data_ptr() for name, x in gradients.items()}.items() <= own.items()
-    assert all(isinstance(x, int) for _, arguments in calls for x in arguments[:1])  # the run on addresses
+        runs.append([(name, arguments) for name, arguments in calls])
+    first, *later = runs
+    for run in later:
+        for launch, (_, with_tensors), (_, with_addresses) in zip(
+            forward.launches + backward.launches, first, run, strict=True
+        ):
+            buffers = [n for n, x in enumerate(launch.arguments) if isinstance(x, str)]
+            assert all(type(with_addresses[n]) is int for n in buffers)
+            scalars = [n for n, x in enumerate(launch.arguments) if isinstance(x, int)]
+            assert [repr(with_addresses[n]) for n in scalars] == [repr(with_tensors[n]) for n in scalars]
+            constants = with_addresses[len(launch.arguments) :]
+            assert list(map(repr, constants)) == list(map(repr, launch.constants))
+
+
+@pytest.mark.parametrize("descriptors, backward", [(False, False), (True, False), (True, True)])
+def test_what_is_spent_is_freed(calls, monkeypatch, descriptors, backward):
+    """Before each launch of a later run only those buffers are there that it or a later one needs."""
+    p = dataclasses.replace(problem(1, 16, 3000, 128, 256, dtype="bfloat16"), descriptors=descriptors)
+    given = inputs(p)
+    if backward:
+        given |= executor.launch_all(recorded(plan.forward_pass(p), calls), given)
+        program = recorded(plan.backward_pass(p), calls)
+    else:
+        program = recorded(plan.forward_pass(p, False, None, False, False), calls)
+    made, there, empty = [], [], torch.empty
+
+    def watched(*arguments, **options):
+        x = empty(*arguments, **options)
+        made.append(weakref.ref(x))
+        return x
+
+    class Watching(list):
+        def append(self, _):
+            there.append(sum(x() is not None for x in made))
+
+    monkeypatch.setattr(torch, "empty", watched)
+    monkeypatch.setattr(Compiled, "__getitem__", lambda self, grid: lambda *_, stream: Watching().append(0))
+    program = recorded(program, calls)
+    for _ in range(2):
+        made.clear()
+        there.clear()
+        executor.launch_all(program, given)
+    placed = {name for arena in program.arenas for name in arena.places}
+    own, expected = set(), []
+    for launch, spent in zip(program.launches, program.spent, strict=True):
+        own |= {buffer for buffer, _ in launch.outputs.values()} - placed
+        expected.append(len(own) + sum(arena.size > 0 for arena in program.arenas))
+        own -= set(spent)
+    assert there == expected and own == set(program.results) and len(set(expected)) > 1
+
+
+def test_results_in_given_tensors(calls):
+    """A later run too writes where it is told to, and nowhere else."""
+    p = dataclasses.replace(problem(1, 2, 1, 32, 32), form="recurrent")
+    program = recorded(plan.forward_pass(p, False), calls)
+    given = inputs(p)
+    for _ in range(2):
+        out = {"c_last": torch.empty(1, 2, 32, 32), "m_last": torch.empty(1, 2)}
+        calls.clear()
+        results = executor.launch_all(program, given, out)
+        assert all(results[name] is x for name, x in out.items())
+        ((_, arguments),) = calls
+        where = addresses(program.launches[0], arguments)
+        assert {n: where[n] for n in plan.LAST} == {n: results[n].data_ptr() for n in plan.LAST}
 
 
 def test_one_name_is_one_buffer():

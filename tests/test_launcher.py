@@ -1,0 +1,48 @@
+"""Kernels compiled for a GPU, through Triton's dispatch and launcher: a later run asks the driver for the same."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+from tests import stub_driver
+
+WORKER = """
+import json, pathlib, sys
+from tests import stub_driver
+stub = stub_driver.activate(pathlib.Path(sys.argv[1]))
+import torch
+from frontend_torch import executor
+from kernels_triton import plan
+from tests.test_executor import inputs
+from tests.test_plan import problem
+
+p = problem(1, 4, 512, 64, 64, dtype="bfloat16")
+tensors = inputs(p)
+forward, backward = plan.forward_pass(p), plan.backward_pass(p)
+ends = []
+for _ in range(3):
+    env = tensors | executor.launch_all(forward, tensors)
+    executor.launch_all(backward, env, earlier=forward)
+    ends.append(stub.stub_count())
+own = {x.data_ptr() for x in tensors.values()}
+launches = stub_driver.launches(stub)
+for x in launches:  # where a run's own buffers lie differs from run to run
+    x.update({n: x[n] if x[n] in own else "own" for n in stub_driver.FIELDS[4:]})
+kept = len(forward.kept) + len(backward.kept)
+print(json.dumps([ends, launches, kept, len(forward.launches + backward.launches)]))
+"""
+
+
+def test_a_later_run_asks_the_driver_for_the_same(tmp_path):
+    library = stub_driver.build(tmp_path)
+    command = [sys.executable, "-c", WORKER, str(library)]
+    root = pathlib.Path(__file__).parents[1]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
+    assert run.returncode == 0, run.stderr
+    ends, launches, kept, each = json.loads(run.stdout.splitlines()[-1])
+    assert kept == 2 and ends == [each, 2 * each, 3 * each]
+    first = launches[:each]
+    assert launches[each : 2 * each] == first and launches[2 * each :] == first
+    assert len({x["function"] for x in first}) == each
+    assert any(x["first"] != "own" for x in first)
