@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,42 +11,21 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from kernels_triton import context
+from kernels_triton.backend import choose_backend
 from kernels_triton.problem import Problem
 from kernels_triton.reference import log_sigmoid
-from kernels_triton.validation import no_packed_segments
+from kernels_triton.validation import check_call, no_packed_segments
 
 from . import library
-from .adapter import first_only, no_forward_mode, readable_cotangent, restored
-from .calls import NAMES, Call, Tensors, settle
-from .executor import run
+from .calls import NAMES, Tensors
 from .operator import States, apply
 from .reference import run_reference
-from .tensors import head_strides, places
-
-# Its name from PyTorch 2.13 on, where the other one warns.
-_all_gather: Any = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Segments:
-    """Which segment of how many this process has."""
-
-    group: ProcessGroup
-    index: int
-    count: int
-
-    @property
-    def is_last(self) -> bool:
-        return self.index == self.count - 1
-
-    def gather(self, x: Tensor) -> Tensor:
-        """Every segment's x, (P, ...)."""
-        found = x.new_empty((self.count * x.shape[0], *x.shape[1:]))
-        _all_gather(found, x.contiguous(), group=self.group)
-        return found.unflatten(0, (self.count, -1))
+from .registry import is_transformed
+from .segments import OPTIONS, Segments, segment
+from .tensors import describe, platform_of
 
 
-def _segments(group: Any) -> Segments:
+def _processes(group: Any) -> ProcessGroup:
     if not (distributed.is_available() and distributed.is_initialized()):
         raise ValueError("group: expected torch.distributed to be initialised (init_process_group), got none")
     if isinstance(group, DeviceMesh):
@@ -60,7 +37,7 @@ def _segments(group: Any) -> Segments:
         raise TypeError(f"group: expected a ProcessGroup that this process is in, a DeviceMesh or None, got {kind}")
     group = group or distributed.group.WORLD
     assert group is not None
-    return Segments(group, distributed.get_rank(group), distributed.get_world_size(group))
+    return group
 
 
 class _Gather(torch.autograd.Function):
@@ -86,112 +63,42 @@ class _Last(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, segments: Segments, h: Tensor, *last: Tensor) -> tuple[Tensor, ...]:
-        c, n, m = last
-        ctx.segments, (K, V) = segments, c.shape[2:]
-        packed = context.pack(c, n, m)
-        distributed.broadcast(packed, group_src=segments.count - 1, group=segments.group)
-        c, n, (m,) = context.unpack(packed, K, V)
-        return h.view_as(h), c.contiguous(), n.contiguous(), m.contiguous()
+        ctx.segments = segments
+        return h.view_as(h), *segments.from_last(*last)
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor, *dlast: Tensor) -> Any:
-        packed = context.pack(*dlast)
-        distributed.all_reduce(packed, group=ctx.segments.group)
-        if not ctx.segments.is_last:
-            packed.zero_()
-        dc, dn, (dm,) = context.unpack(packed, *dlast[0].shape[2:])
-        return None, dh, dc, dn, dm
+        return None, dh, *ctx.segments.to_last(*dlast)
 
 
-class _Segment(torch.autograd.Function):
-    """One segment by the kernels: h and its own last states. Tensors by NAMES, the states those before segment 0."""
-
-    jvp = staticmethod(no_forward_mode)
-
-    @staticmethod
-    def forward(ctx: Any, call: Call, segments: Segments, save: bool, last: bool, *tensors: Tensor) -> Any:
-        from kernels_triton import plan
-
-        problem: Problem = call.problem
-        env = dict(zip(NAMES, tensors, strict=True))
-        nothing = torch.full_like(env["m_initial"], context.NO_STABILISER)
-        own = run(plan.segment_state(problem), env | {"m_initial": nothing}, call.backend)
-        gathered = segments.gather(context.summary(own))
-        first = env["c_initial"], env["n_initial"], env["m_initial"]
-        before, decays = context.state_before(problem, gathered, first, segments.index)
-        env |= dict(zip(NAMES[5:], (x.contiguous() for x in before), strict=True))
-        results = run(plan.forward_pass(problem, save, None, True), env, call.backend)
-        if save:
-            kept = plan.segment_saved(problem, last)
-            saved = {name: x for name, x in (env | results).items() if name in kept}
-            ctx.problem, ctx.backend, ctx.segments, ctx.last = problem, call.backend, segments, last
-            ctx.names, ctx.places = tuple(saved), places(saved)
-            ctx.save_for_backward(*saved.values(), decays)
-            ctx.set_materialize_grads(False)
-        return tuple(results[name] for name in ("h", *plan.LAST))
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        *kept, decays = ctx.saved_tensors
-        env = dict(zip(ctx.names, kept, strict=True))
-        with torch.no_grad():
-            results = _differentiate(ctx, restored(ctx.problem, env, ctx.places), env, decays, cotangents)
-        results = first_only(env, results)
-        return (None, None, None, None, *(results[f"d{name}"] for name in NAMES))
-
-
-def _differentiate(
-    ctx: Any, problem: Problem, env: dict[str, Tensor], decays: Tensor, cotangents: tuple[Tensor | None, ...]
-) -> dict[str, Tensor]:
-    """The gradients by name; those of the state before segment 0 are zero but in that segment."""
-    from kernels_triton import plan
-
-    segments: Segments = ctx.segments
-    dh, *dlast = cotangents
-    env = env | {"dh": readable_cotangent(problem, dh, env["v"])}
-    strides = head_strides(env["dh"], problem.layout)
-    own, rho = None, None
-    if ctx.last:
-        last = env["c_last"], env["n_last"], env["m_last"]
-        dc, dn, dm = (torch.zeros_like(y) if x is None else x.contiguous() for x, y in zip(dlast, last, strict=True))
-        env |= {"dc_last": dc, "dn_last": dn}
-        rho = context.remainder((dc, dn, dm), last)
-        own = dc, dn, rho
-    shares = run(plan.segment_cotangent(problem, strides, ctx.last), env, ctx.backend)
-    told = segments.gather(context.share(shares, env["m_initial"], rho, env.get("picked")))
-    dc, dn, rho = context.cotangent_after(problem, told, decays, env["m_last"], own, segments.index)
-    env |= shares | {"dc_last": dc, "dn_last": dn} | ({} if rho is None else {"dm_last": rho})
-    results = run(plan.segment_backward(problem, strides, ctx.last), env, ctx.backend)
-    if segments.index:
-        results |= {name: torch.zeros_like(results[name]) for name in plan.GRADIENTS_INITIAL}
-    return results
-
-
-def _by_kernels(call: Call, segments: Segments, tensors: Tensors, last: bool) -> tuple[Tensor, States]:
-    """tensors: as `settle` gives them, states included."""
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)
-    h, c, n, m = _Segment.apply(call, segments, save, last, *tensors[: len(NAMES)])
-    return (h.transpose(1, 2) if call.transposed else h), (c, n, m)
-
-
-def _by_reference(call: Call, segments: Segments, tensors: Tensors, last: bool) -> tuple[Tensor, States]:
+def _by_reference(problem: Problem, segments: Segments, tensors: Tensors, last: bool) -> tuple[Tensor, Any]:
     """The reference twice, differentiated as it stands."""
-    problem, (q, k, v, i, f, *first) = call.problem, tensors[: len(NAMES)]
+    q, k, v, i, f, *first = tensors
     assert f is not None
     c, n, m = (x for x in first if x is not None)
+    m = m.reshape(m.shape[:2])
     nothing = (torch.zeros_like(c), torch.zeros_like(n), torch.full_like(m, context.NO_STABILISER))
     _, own = run_reference(problem, (q, k, v, i, f, *nothing))
     tokens = 1 if problem.layout == "bthd" else 2
     decay = log_sigmoid(torch, f.to(torch.float32)).sum(tokens)
     gathered = _Gather.apply(segments, context.pack(*own, decay))
     before, _ = context.state_before(problem, gathered, (c, n, m), segments.index)
-    return run_reference(problem, (q, k, v, i, f, *before))
+    h, states = run_reference(problem, (q, k, v, i, f, *before))
+    if last:
+        h, *states = _Last.apply(segments, h, *states)
+    return h, tuple(states)
 
 
-def _states(call: Call, q: Tensor) -> tuple[Tensor, ...]:
-    """Those before the first token where none are given."""
-    p = call.problem
-    shapes = ((*p.state_heads, p.K, p.V), (*p.state_heads, p.K), p.state_heads)
+def _by_kernels(options: dict[str, Any], tensors: Tensors, last: bool) -> tuple[Tensor, Any]:
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    h, *results = segment(*tensors, *(options[name] for name in OPTIONS), save, last)
+    return h, tuple(results[:3])
+
+
+def _before_the_first(problem: Problem, q: Tensor) -> tuple[Tensor, ...]:
+    """The states where none are given."""
+    head = problem.state_heads
+    shapes = ((*head, problem.K, problem.V), (*head, problem.K), head)
     return tuple(q.new_zeros(shape, dtype=torch.float32) for shape in shapes)
 
 
@@ -228,7 +135,8 @@ def mlstm_context_parallel(
 
     Gradients are those of the sum of all processes' losses, as through differentiable collectives: every process has to
     come to the backward pass, each gets the gradients of its own tokens, and that of a replicated tensor is the sum of
-    what the processes get. PyTorch's compiler and torch.func do not see through it: `torch.compiler.disable` it there.
+    what the processes get. `torch.compile` sees one operator (the reference has to be called eagerly); transforms of
+    torch.func are refused.
 
     Args:
         q, k, v, i, f: this process's tokens, as of `mlstm_chunkwise`.
@@ -249,8 +157,8 @@ def mlstm_context_parallel(
         TypeError, ValueError: the argument, what was expected and what came; before anything is launched or sent.
     """
     no_packed_segments(cu_seqlens)
-    segments = _segments(group)
-    options = {
+    processes = _processes(group)
+    options: dict[str, Any] = {
         "eps": eps,
         "chunk_size": chunk_size,
         "qk_scale": qk_scale,
@@ -263,26 +171,35 @@ def mlstm_context_parallel(
         "backend": backend,
     }
     tensors: Tensors = (q, k, v, i, f, c_initial, n_initial, m_initial)
-    if segments.count == 1:
+    if distributed.get_world_size(processes) == 1:
         h, last = apply(tensors, return_last_states, options)
-        return (h, last) if return_last_states else h
-    _check_plain(tensors)
-    tensors = (*library.autocast(tensors[:3]), *tensors[3:])
-    call, settled = settle(tensors, options)
-    if settled[5] is None:
-        call, settled = settle((*tensors[:5], *_states(call, q)), options)
-    by: Callable[..., Any] = _by_reference if call.backend == "reference" else _by_kernels
-    h, last = by(call, segments, settled, return_last_states)
-    if not return_last_states:
-        return h
-    h, *last = _Last.apply(segments, h, *last)
-    return h, tuple(last)
+    else:
+        _check_plain(tensors)
+        tensors = (*library.autocast(tensors[:3]), *tensors[3:])
+        problem = check_call({name: describe(name, x) for name, x in zip(NAMES, tensors, strict=True)}, **options)
+        used = choose_backend(backend, platform_of(q))
+        if c_initial is None:
+            tensors = (*tensors[:5], *_before_the_first(problem, q))
+        if used == "reference":
+            _check_eager()
+            h, last = _by_reference(problem, Segments.of(processes), tensors, return_last_states)
+        else:
+            given = options | {"backend": used, "group": processes.group_name}
+            h, last = _by_kernels(given, tensors, return_last_states)
+    return (h, last) if return_last_states else h
 
 
 def _check_plain(tensors: Tensors) -> None:
-    """Collectives are hidden from compilers and transforms here, and other kinds of tensor have their own."""
-    if torch.compiler.is_compiling() or library._is_transformed():
-        raise RuntimeError("mlstm_context_parallel: expected an eager call, got one under torch.compile or torch.func")
+    """Other kinds of tensor have collectives of their own, and transforms see none."""
+    if is_transformed():
+        raise RuntimeError("mlstm_context_parallel: expected a call outside of torch.func's transforms, got one inside")
     for name, x in zip(NAMES, tensors, strict=True):
         if isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter):
             raise TypeError(f"{name}: expected this process's part as a torch.Tensor, got {type(x).__name__}")
+
+
+def _check_eager() -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "backend: 'reference' expected an eager call of mlstm_context_parallel, got one under torch.compile"
+        )

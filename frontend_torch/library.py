@@ -13,66 +13,25 @@ import torch
 from torch import Tensor
 
 from kernels_triton.backend import choose_backend
-from kernels_triton.validation import TWICE, check_call
+from kernels_triton.validation import check_call
 
 from .adapter import differentiate, no_forward_mode
 from .calls import ARGUMENTS, NAMES, PACKED, RESULTS, Tensors, is_transposed, settle
 from .executor import run
 from .reference import run_reference
+from .registry import COTANGENTS, GRADIENTS, SAVED, empty, is_transformed, library, like, register, schema, twice
+from .registry import OPTIONS as SHARED_OPTIONS
 from .tensors import describe, dtype_of, platform_of
 
 States = tuple[Tensor, Tensor, Tensor]
-OPTIONS = {
-    "eps": "float",
-    "chunk_size": "int?",
-    "qk_scale": "float?",
-    "normalizer_grad": "str",
-    "layout": "str",
-    "precision": "str",
-    "save_states": "bool",
-    "input_gate": "str",
-    "normalize": "bool",
-    "backend": "str",
-    "form": "str",
-}
-# What the forward pass may save, each an output of its own: what a call has no need of is empty, (B, H, 0).
-SAVED = ("c", "c_low", "a", "a_low", "gamma", "gamma_low", "picked", "states", "norms", "floor", "r", "chunks")
-GRADIENTS = tuple(f"d{name}" for name in NAMES)  # those of absent initial states are empty
-COTANGENTS = tuple(f"d{name}" for name in RESULTS)
+OPTIONS = SHARED_OPTIONS | {"form": "str"}
 READ_BACKWARD = (*COTANGENTS, *ARGUMENTS, *RESULTS[:3], *SAVED)
-HEADS = {"bhtd": 1, "bthd": 2}  # the axis of heads
-
-
-def _schema(*groups: tuple[str, Sequence[str]], returns: int) -> str:
-    inputs = ", ".join(f"{kind} {name}" for kind, names in groups for name in names)
-    options = ", ".join(f"{kind} {name}" for name, kind in OPTIONS.items())
-    return f"({inputs}, {options}) -> ({', '.join(['Tensor'] * returns)})"
-
-
-def _forward_schema() -> str:
-    schema = _schema(("Tensor", NAMES[:5]), ("Tensor?", ARGUMENTS[5:]), returns=len(RESULTS + SAVED))
-    return schema.replace(") ->", ", bool save) ->")
-
-
-def _backward_schema() -> str:
-    return _schema(
-        ("Tensor?", COTANGENTS),
-        ("Tensor", NAMES[:5]),
-        ("Tensor?", ARGUMENTS[5:]),
-        ("Tensor", RESULTS[:3]),
-        ("Tensor", SAVED),
-        returns=len(GRADIENTS),
-    )
 
 
 def _named(arguments: Sequence[Any]) -> tuple[Tensors, dict[str, Any], str]:
     """The tensors by ARGUMENTS, the options of `check_call`, and the form."""
     options = dict(zip(OPTIONS, arguments[len(ARGUMENTS) :], strict=False))
     return tuple(arguments[: len(ARGUMENTS)]), options, options.pop("form")
-
-
-def _empty(q: Tensor, layout: str) -> Tensor:
-    return q.new_empty((q.shape[0], q.shape[HEADS[layout]], 0))
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -86,7 +45,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         results["h"] = results["h"].transpose(1, 2)
     q = given[0]
     assert q is not None
-    return tuple(results[x] if x in results else _empty(q, options["layout"]) for x in RESULTS + SAVED)
+    return tuple(results[x] if x in results else empty(q, options["layout"]) for x in RESULTS + SAVED)
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -99,13 +58,8 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     assert q is not None and v is not None
     specs = plan.forward_results(problem, arguments[-1])
     made = {name: q.new_empty(spec.shape, dtype=dtype_of(spec.dtype)) for name, spec in specs.items()}
-    made["h"] = _like(v, is_transposed(v, options["layout"]))
-    return tuple(made[x] if x in made else _empty(q, options["layout"]) for x in RESULTS + SAVED)
-
-
-def _like(x: Tensor, transposed: bool) -> Tensor:
-    """A tensor of x's shape, contiguous or with tokens before heads in memory."""
-    return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) if transposed else x.new_empty(x.shape)
+    made["h"] = like(v, is_transposed(v, options["layout"]))
+    return tuple(made[x] if x in made else empty(q, options["layout"]) for x in RESULTS + SAVED)
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -126,15 +80,15 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     assert q is not None
     if m is not None:
         results["dm_initial"] = results["dm_initial"].reshape(m.shape)
-    return tuple(results[x] if x in results else _empty(q, options["layout"]) for x in GRADIENTS)
+    return tuple(results[x] if x in results else empty(q, options["layout"]) for x in GRADIENTS)
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     rest = arguments[len(COTANGENTS) :]
     tensors, layout = rest[: len(ARGUMENTS)], rest[len(rest) - len(OPTIONS) + list(OPTIONS).index("layout")]
     transposed = is_transposed(tensors[2], layout)
-    tokens = (_like(x, transposed) for x in tensors[:5])
-    return (*tokens, *(_empty(tensors[0], layout) if x is None else x.new_empty(x.shape) for x in tensors[5:8]))
+    tokens = (like(x, transposed) for x in tensors[:5])
+    return (*tokens, *(empty(tensors[0], layout) if x is None else x.new_empty(x.shape) for x in tensors[5:8]))
 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
@@ -146,23 +100,14 @@ def _save(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
 
 def _differentiate(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: selective checkpointing hands them out once
-    backward = ChunkwiseBackward.apply if _is_transformed() else chunkwise_backward
+    backward = ChunkwiseBackward.apply if is_transformed() else chunkwise_backward
     gradients = backward(*cotangents[: len(RESULTS)], *saved, *ctx.options)
     rest = (None,) * (len(PACKED) + len(OPTIONS) + 1)
     return (*(None if x is None else dx for x, dx in zip(saved, gradients, strict=False)), *rest)
 
 
-def _twice(ctx: Any, *_: Tensor | None) -> Any:
-    raise RuntimeError(TWICE)
-
-
 def _nothing(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     """Nothing to keep."""
-
-
-def _is_transformed() -> bool:
-    """Whether a transform of torch.func is at work, which wraps tensors in plain ones."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def _over_batches(operator: Any, names: Sequence[str]) -> Callable[..., Any]:
@@ -206,24 +151,36 @@ def _casting(operator: Any, key: Any) -> Callable[..., Any]:
     return rule
 
 
-def register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """An operator of the namespace mlstm_dual; fake: makes results that have no memory, of symbolic sizes perhaps."""
-    _registry.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    _registry.impl(name, run, "CompositeExplicitAutograd")
-    operator = getattr(torch.ops.mlstm_dual, name).default
-    torch.library.register_fake(operator, fake, lib=_registry)
-    return operator
-
-
-_registry = torch.library.Library("mlstm_dual", "DEF")
-chunkwise = register("chunkwise", _forward_schema(), _forward, _forward_fake)
-chunkwise_backward = register("chunkwise_backward", _backward_schema(), _backward, _backward_fake)
+chunkwise = register(
+    "chunkwise",
+    schema(
+        ("Tensor", NAMES[:5]),
+        ("Tensor?", ARGUMENTS[5:]),
+        options=OPTIONS | {"save": "bool"},
+        returns=len(RESULTS + SAVED),
+    ),
+    _forward,
+    _forward_fake,
+)
+chunkwise_backward = register(
+    "chunkwise_backward",
+    schema(
+        ("Tensor?", COTANGENTS),
+        ("Tensor", NAMES[:5]),
+        ("Tensor?", ARGUMENTS[5:]),
+        ("Tensor", (*RESULTS[:3], *SAVED)),
+        options=OPTIONS,
+        returns=len(GRADIENTS),
+    ),
+    _backward,
+    _backward_fake,
+)
 for _operator, _names in ((chunkwise, ARGUMENTS), (chunkwise_backward, READ_BACKWARD)):
-    torch.library.register_vmap(_operator, _over_batches(_operator, _names), lib=_registry)
-torch.library.register_autograd(chunkwise, _differentiate, setup_context=_save, lib=_registry)
-torch.library.register_autograd(chunkwise_backward, _twice, lib=_registry)
+    torch.library.register_vmap(_operator, _over_batches(_operator, _names), lib=library)
+torch.library.register_autograd(chunkwise, _differentiate, setup_context=_save, lib=library)
+torch.library.register_autograd(chunkwise_backward, twice, lib=library)
 for _key in (torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA):
-    _registry.impl("chunkwise", _casting(chunkwise, _key), _key.name)
+    library.impl("chunkwise", _casting(chunkwise, _key), _key.name)
 
 
 class _Transformable(torch.autograd.Function):
@@ -249,7 +206,7 @@ class ChunkwiseBackward(_Transformable):
 
     forward = staticmethod(chunkwise_backward)
     setup_context = staticmethod(_nothing)
-    backward = staticmethod(_twice)
+    backward = staticmethod(twice)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
@@ -258,7 +215,7 @@ class ChunkwiseBackward(_Transformable):
 
 def is_plain(tensors: Tensors) -> bool:
     """Whether nothing but autograd needs to see the call: no compiler, transform, mode or kind of tensor."""
-    if torch.compiler.is_compiling() or _is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     return all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
 
@@ -277,8 +234,8 @@ def apply(tensors: Tensors, options: Mapping[str, Any], form: str) -> tuple[Tens
     if any("DTensor" in [kind.__name__ for kind in type(x).__mro__] for x in tensors):
         from . import sharding as _  # its rules; DTensor takes long to import for those who have none
 
-    save = torch.is_grad_enabled() and (_is_transformed() or any(x is not None and x.requires_grad for x in tensors))
+    save = torch.is_grad_enabled() and (is_transformed() or any(x is not None and x.requires_grad for x in tensors))
     given = {**options, "backend": backend, "form": form}
-    run = Chunkwise.apply if _is_transformed() else chunkwise
+    run = Chunkwise.apply if is_transformed() else chunkwise
     h, c, n, m, *_ = run(*tensors, *(given[name] for name in OPTIONS), save)
     return h, (c, n, m)

@@ -13,7 +13,7 @@ from kernels_triton.backend import choose_backend
 from kernels_triton.validation import check_table
 
 from .executor import run
-from .library import register
+from .registry import register
 from .tensors import describe, platform_of
 
 

@@ -12,7 +12,8 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from .calls import ARGUMENTS, RESULTS
-from .library import GRADIENTS, HEADS, OPTIONS, READ_BACKWARD, SAVED, chunkwise, chunkwise_backward
+from .library import OPTIONS, READ_BACKWARD, chunkwise, chunkwise_backward
+from .registry import GRADIENTS, HEADS, SAVED
 
 TOKENS = frozenset(
     ["q", "k", "v", "i", "f", "h", "dq", "dk", "dv", "di", "df", "dh"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 import frontend_torch
-from frontend_torch import context as exchange
+from frontend_torch import segments as exchange
 from kernels_triton import context
 
 from . import compare

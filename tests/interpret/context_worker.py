@@ -2,10 +2,11 @@
 
 import functools
 
+import pytest
 import torch
 from torch import distributed
 
-from frontend_torch import context, mlstm_chunkwise, mlstm_context_parallel
+from frontend_torch import mlstm_chunkwise, mlstm_context_parallel, segments
 from kernels_triton.context import exchanged_bytes
 
 WORLD = 4
@@ -133,19 +134,60 @@ def checkpointed(rank):
             return mlstm_context_parallel(*arrays, **options)
 
     counted = []
-    gather = context._all_gather
+    gather = segments._all_gather
 
     def count(made, given, **options):
         counted.append(given.numel() * given.itemsize)
         gather(made, given, **options)
 
-    context._all_gather = count
+    segments._all_gather = count
     plain, sent = run(functools.partial(mlstm_context_parallel, **KERNELS))
     assert sent == list(exchanged_bytes(1, 2, 4, 5)), sent
     for way in (via, moved):
         got, _ = run(functools.partial(way, **KERNELS))
         assert all(torch.equal(got[name], x) for name, x in plain.items())
-    context._all_gather = gather
+    segments._all_gather = gather
+
+
+def compiled(rank):
+    """Under torch.compile, in one graph, for a mesh too, and with lengths that vary: the same bits."""
+    mesh = distributed.device_mesh.init_device_mesh("cpu", (WORLD,), mesh_dim_names=("tokens",))
+    for group, last in ((None, True), (mesh["tokens"], False)):
+        options = KERNELS | {"group": group, "return_last_states": last}
+
+        def layer(q, k, v, i, f, *states, layout, options=options):
+            made = mlstm_context_parallel(2.0 * q, k, v, i, f, *states, layout=layout, **options)
+            return (made[0] + 1.0, made[1]) if isinstance(made, tuple) else made + 1.0
+
+        fast = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+        for lengths in (LENGTHS, [20, 6, 7, 4]):
+            tensors, cotangents = draw(lengths)
+            cotangents = cotangents if last else cotangents[:1]
+            plain, got = (split(rank, lengths, tensors, cotangents, via=via) for via in (layer, fast))
+            assert all(torch.equal(got[name], x) for name, x in plain.items()), lengths
+
+
+def registered(rank):
+    """The operators' schemas and fake results are those of the real ones; what cannot be, says so."""
+    tensors, cotangents = draw(LENGTHS)
+    own = [x.split(LENGTHS, 2)[rank] if n < 5 else x for n, x in enumerate(tensors)]
+    options = (1e-6, 16, None, "exact", "bhtd", "ieee", True, "exponential", True, "interpret")
+    group = distributed.group.WORLD.group_name
+    utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for save, last in ((True, True), (False, False)):
+        leaves = [x.clone().requires_grad_(save) for x in own]
+        torch.library.opcheck(segments.segment, (*leaves, *options, group, save, last), test_utils=utilities)
+    h, *results = segments.segment(*own, *options, group, True, True)
+    dh = cotangents[0].split(LENGTHS, 2)[rank]
+    given = (dh, *cotangents[1:], *own, h, *results[3:], *options, group, True)
+    torch.library.opcheck(segments.segment_backward, given, test_utils=utilities)
+
+    call = functools.partial(mlstm_context_parallel, **KERNELS)
+    with pytest.raises(RuntimeError, match="expected a call outside of torch.func's transforms"):
+        torch.func.vmap(call)(*(x[None] for x in own))
+    by_reference = functools.partial(mlstm_context_parallel, backend="reference")
+    with pytest.raises(Exception, match="'reference' expected an eager call of mlstm_context_parallel"):
+        torch.compile(by_reference, backend="eager", fullgraph=True)(*own)
 
 
 def alone(rank):
@@ -159,7 +201,7 @@ def alone(rank):
 def work(rank, file):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
-    for check in (subgroups, checkpointed, alone):
+    for check in (subgroups, checkpointed, compiled, registered, alone):
         check(rank)
     for name in CASES:
         found = case(rank, name)
