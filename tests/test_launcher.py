@@ -5,11 +5,11 @@ import pathlib
 import subprocess
 import sys
 
-from tests import stub_driver
+from tools import stub_driver
 
 WORKER = """
 import json, pathlib, sys
-from tests import stub_driver
+from tools import stub_driver
 stub = stub_driver.activate(pathlib.Path(sys.argv[1]))
 import torch
 from frontend_torch import executor
@@ -46,3 +46,20 @@ def test_a_later_run_asks_the_driver_for_the_same(tmp_path):
     assert launches[each : 2 * each] == first and launches[2 * each :] == first
     assert len({x["function"] for x in first}) == each
     assert any(x["first"] != "own" for x in first)
+
+
+def test_host_time():
+    """The tool that measures it, for few calls: launches are those of the plans."""
+    command = [sys.executable, "-m", "tools.host_time", "--calls", "2"]
+    root = pathlib.Path(__file__).parents[1]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
+    assert run.returncode == 0, run.stderr
+    rows = [line.split("│")[1:4] for line in run.stdout.splitlines() if line.startswith("│")]
+    assert [int(launches) for _, launches, _ in rows] == [3, 3, 7, 1]
+    assert all(float(time) > 0 for *_, time in rows)
+
+
+def test_host_time_says_what_shape_it_expects():
+    command = [sys.executable, "-m", "tools.host_time", "--shape", "1,2"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[1], timeout=60)
+    assert run.returncode == 2 and "expected five numbers B,H,T,K,V from 1" in run.stderr

@@ -12,9 +12,10 @@ FIELDS = ("function", "grid", "threads", "shared", "first", "second", "third")
 
 
 def build(folder: pathlib.Path) -> pathlib.Path:
-    """The stub as libcuda.so.1."""
+    """The stub as libcuda.so.1. Raises RuntimeError without a C compiler."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    assert compiler, "expected a C compiler, as Triton's launcher needs one too; found none"
+    if not compiler:
+        raise RuntimeError("cc: expected a C compiler, as Triton's launcher needs one too; found none")
     source = pathlib.Path(__file__).with_name("stub_driver.c")
     library = folder / "libcuda.so.1"
     soname = "-Wl,-soname,libcuda.so.1"
@@ -33,10 +34,10 @@ def activate(library: pathlib.Path, capability: int = 90) -> ctypes.CDLL:
     handles: dict[bytes, int] = {}
 
     class Utils:
-        def load_binary(self, name, binary, shared, device):
+        def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
             return 1, handles.setdefault(binary, len(handles) + 1), 32, 0, 1024
 
-        def get_device_properties(self, device):
+        def get_device_properties(self, device: int) -> dict[str, int]:
             return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
 
     class Driver:
