@@ -5,10 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from tools import stub_driver
 
 WORKER = """
-import json, pathlib, sys
+import dataclasses, json, pathlib, sys
 from tools import stub_driver
 stub = stub_driver.activate(pathlib.Path(sys.argv[1]))
 import torch
@@ -17,9 +19,11 @@ from kernels_triton import plan
 from tests.test_executor import inputs
 from tests.test_plan import problem
 
-p = problem(1, 4, 512, 64, 64, dtype="bfloat16")
+sizes, descriptors = json.loads(sys.argv[2])
+p = dataclasses.replace(problem(*sizes, dtype="bfloat16"), descriptors=descriptors)
 tensors = inputs(p)
 forward, backward = plan.forward_pass(p), plan.backward_pass(p)
+assert any(x.reads_descriptors for x in backward.launches) == descriptors
 ends = []
 for _ in range(3):
     env = tensors | executor.launch_all(forward, tensors)
@@ -34,9 +38,10 @@ print(json.dumps([ends, launches, kept, len(forward.launches + backward.launches
 """
 
 
-def test_a_later_run_asks_the_driver_for_the_same(tmp_path):
+@pytest.mark.parametrize("sizes, descriptors", [((1, 4, 512, 64, 64), False), ((1, 8, 600, 128, 256), True)])
+def test_a_later_run_asks_the_driver_for_the_same(tmp_path, sizes, descriptors):
     library = stub_driver.build(tmp_path)
-    command = [sys.executable, "-c", WORKER, str(library)]
+    command = [sys.executable, "-c", WORKER, str(library), json.dumps([sizes, descriptors])]
     root = pathlib.Path(__file__).parents[1]
     run = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
     assert run.returncode == 0, run.stderr

@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 
 FIELDS = ("function", "grid", "threads", "shared", "first", "second", "third")
 
@@ -28,24 +29,27 @@ def activate(library: pathlib.Path, capability: int = 90) -> ctypes.CDLL:
     os.environ["TRITON_LIBCUDA_PATH"] = str(library.parent)
     stub = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.driver import CudaLauncher, ty_to_cpp
+    from triton.backends.nvidia import driver as nvidia
     from triton.runtime.driver import driver
 
     handles: dict[bytes, int] = {}
 
-    class Utils:
-        def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
-            return 1, handles.setdefault(binary, len(handles) + 1), 32, 0, 1024
+    def load_binary(name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
+        return 1, handles.setdefault(binary, len(handles) + 1), 32, 0, 1024
 
-        def get_device_properties(self, device: int) -> dict[str, int]:
-            return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_LAZY)  # the stub has only those of the driver's functions that launching calls
+    cuda = nvidia.CudaUtils()
+    sys.setdlopenflags(flags)
+    cuda.load_binary = load_binary
+    cuda.get_device_properties = lambda device: {"max_shared_mem": 232448}
 
     class Driver:
-        utils, launcher_cls = Utils(), CudaLauncher
+        utils, launcher_cls = cuda, nvidia.CudaLauncher
         get_current_stream = staticmethod(lambda index: 0)
         get_current_device = staticmethod(lambda: 0)
         get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
-        map_python_to_cpp_type = staticmethod(ty_to_cpp)
+        map_python_to_cpp_type = staticmethod(nvidia.ty_to_cpp)
 
     driver.set_active(Driver())
     return stub
