@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from kernels_triton.launch import Pass
 from kernels_triton.problem import Problem
-from kernels_triton.validation import FORWARD_MODE, TWICE
+from kernels_triton.validation import BATCHED, FORWARD_MODE, TWICE
 
 from .calls import NAMES, PACKED, RESULTS, Call, Tensors
 from .executor import SAVED, run
-from .tensors import head_strides, places, readable, suits
+from .registry import is_batched, is_transformed
+from .tensors import dtype_of, head_strides, places, readable, suits
 
 
 def no_forward_mode(ctx: Any, *_: Any) -> Any:
@@ -50,11 +51,11 @@ def restored(problem: Problem, env: dict[str, Tensor], before: tuple[Any, ...]) 
     return dataclasses.replace(problem, strides=tuple(strides.items()), descriptors=suit)
 
 
-def first_only(env: dict[str, Tensor], results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients; under create_graph a constant cotangent must not make them look constant."""
+def first_only(read: Iterable[Tensor | None], results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients, whose derivatives by what they were computed from, cotangents too, are refused."""
     if not torch.is_grad_enabled():
         return results
-    anchors = [x for x in env.values() if x.requires_grad]
+    anchors = [x for x in read if x is not None and x.requires_grad]
     return dict(zip(results, _FirstOnly.apply(len(anchors), *anchors, *results.values()), strict=True))
 
 
@@ -79,8 +80,9 @@ def differentiate(
     if has_dlast:
         head = problem.state_heads
         shapes = ((*head, problem.K, problem.V), (*head, problem.K), head)
-        for name, shape, x in zip(plan.LAST, shapes, dlast, strict=True):
-            env[f"d{name}"] = env["q"].new_zeros(shape, dtype=torch.float32) if x is None else x.contiguous()
+        dtypes = (dtype_of(problem.c_dtype), torch.float32, torch.float32)
+        for name, shape, dtype, x in zip(plan.LAST, shapes, dtypes, dlast, strict=True):
+            env[f"d{name}"] = env["q"].new_zeros(shape, dtype=dtype) if x is None else x.contiguous()
     program = plan.backward_pass(problem, head_strides(env["dh"], problem.layout), has_dlast)
     return run(program, env, backend, earlier=earlier)
 
@@ -120,12 +122,14 @@ class _Chunkwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        if is_transformed() or any(x is not None and is_batched(x) for x in cotangents):
+            raise RuntimeError(BATCHED)
         env = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         problem = restored(ctx.problem, env, ctx.places)
         with torch.no_grad():
             earlier = _forward_pass(problem, True, ctx.last)
             results = differentiate(problem, ctx.backend, env, cotangents, earlier)
-        results = first_only(env, results)
+        results = first_only((*env.values(), *cotangents), results)
         packed = (None,) * (ctx.arguments - len(NAMES))
         return (None, None, None, None, *(results.get(f"d{name}") for name in NAMES), *packed)
 
@@ -134,9 +138,13 @@ def _results(last: bool) -> tuple[str, ...]:
     return RESULTS if last else RESULTS[:1]
 
 
-def _in_forward_mode() -> bool:
-    """Whether tensors may carry tangents; if in doubt they may."""
-    return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+def refuse_forward_mode(tensors: Iterable[Tensor | None]) -> None:
+    """Raises NotImplementedError if a tensor carries a tangent, which the kernels would drop."""
+    if getattr(torch.autograd.forward_ad, "_current_level", 0) < 0:  # none can
+        return
+    unpack = torch.autograd.forward_ad.unpack_dual
+    if any(x is not None and unpack(x).tangent is not None for x in tensors):
+        raise NotImplementedError(FORWARD_MODE)
 
 
 def _named(tensors: Tensors) -> dict[str, Tensor]:
@@ -149,8 +157,9 @@ def _recorded(tensors: Tensors) -> bool:
 
 def run_kernels(call: Call, tensors: Tensors, last: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """h and, if asked for, the last states, which may get cotangents. tensors: as `settle` gives them."""
+    refuse_forward_mode(tensors)
     save = _recorded(tensors)
-    if save or _in_forward_mode():
+    if save:
         h, *states = _Chunkwise.apply(call.problem, call.backend, save, last, *tensors)
     else:  # nothing for autograd to see, whose wrapping takes as long as a launch
         results = run(_forward_pass(call.problem, False, last), _named(tensors), call.backend)

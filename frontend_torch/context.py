@@ -12,11 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from kernels_triton import context
 from kernels_triton.backend import choose_backend
+from kernels_triton.options import check_flag
 from kernels_triton.problem import Problem
 from kernels_triton.reference import log_sigmoid
 from kernels_triton.validation import check_call, no_packed_segments
 
 from . import library
+from .adapter import refuse_forward_mode
 from .calls import NAMES, Tensors
 from .operator import States, apply
 from .reference import run_reference
@@ -157,6 +159,7 @@ def mlstm_context_parallel(
         TypeError, ValueError: the argument, what was expected and what came; before anything is launched or sent.
     """
     no_packed_segments(cu_seqlens)
+    check_flag("return_last_states", return_last_states)
     processes = _processes(group)
     options: dict[str, Any] = {
         "eps": eps,
@@ -184,6 +187,7 @@ def mlstm_context_parallel(
             _check_eager()
             h, last = _by_reference(problem, Segments.of(processes), tensors, return_last_states)
         else:
+            refuse_forward_mode(tensors)
             given = options | {"backend": used, "group": processes.group_name}
             h, last = _by_kernels(given, tensors, return_last_states)
     return (h, last) if return_last_states else h

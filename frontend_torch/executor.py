@@ -79,6 +79,11 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device)
 
 
+def _realigned(saved: Tensor) -> Tensor:
+    """What an earlier pass saved, which hooks (offloading, say) may have brought back at any address."""
+    return saved if saved.data_ptr() % ALIGNMENT == 0 else saved.clone()
+
+
 def _aligned(addresses: Sequence[int]) -> bool:
     joint = 0
     for address in addresses:
@@ -93,17 +98,20 @@ def launch_all(
 
     Results that are saved for a later pass, if small, are all in one tensor, SAVED. earlier: the pass that saved what
     `tensors` holds.
-    Compiled kernels are kept for a later run on plain addresses, in a tenth of the time. Where all inputs are aligned
-    to ALIGNMENT, as all else is, nothing that Triton specialises a kernel on can differ between two runs.
+    Compiled kernels are kept for a later run on plain addresses, in a tenth of the time. Where dtypes are the same and
+    all inputs aligned to ALIGNMENT, as all else is, nothing that Triton specialises a kernel on can differ between two
+    runs.
     """
     out = out or {}
     device = next(iter(tensors.values())).device
     own = [torch.empty(x.size, dtype=torch.uint8, device=device) for x in program.arenas if x.size]
     before = earlier if SAVED in tensors else None
-    memories = [tensors[SAVED], *own] if before else own
-    kept = program.kept.get((device.index, id(before)))
-    names = kept.inputs if kept else [name for name in program.inputs if name in tensors]
-    addresses = [tensors[name].data_ptr() for name in names]
+    memories = [_realigned(tensors[SAVED]), *own] if before else own
+    names = [name for name in program.inputs if name in tensors]
+    given = [tensors[name] for name in names]
+    key = (device.index, id(before), *[x.dtype for x in given])
+    kept = program.kept.get(key)
+    addresses = [x.data_ptr() for x in given]
     aligned = _aligned(addresses) and (not out or _aligned([x.data_ptr() for x in out.values()]))
     with _on(device):
         if kept and aligned:
@@ -111,16 +119,15 @@ def launch_all(
 
             env = kept.run(addresses, memories, tensors, out, driver.active.get_current_stream(device.index))
         else:
-            env = {name: tensors[name] for name in names} | {
-                name: x for name, x in out.items() if name in program.specs
-            }
+            env = {}
             whose = [(before, before.arenas[0])] if before else []
             whose += [(program, x) for x in program.arenas if x.size]
             for (of, arena), memory in zip(whose, memories, strict=True):
                 env.update(_views(arena, memory, of))
+            env |= dict(zip(names, given, strict=True)) | {n: x for n, x in out.items() if n in program.specs}
             runners = _compile_all(program, env, device)
             if aligned and None not in runners:
-                program.kept[device.index, id(before)] = schedule(program, runners, before)
+                program.kept[key] = schedule(program, runners, names, before)
     saved = program.arenas[0]
     results = {name: env[name] for name in program.results if name not in saved.places and name not in out}
     if saved.size:
@@ -136,7 +143,8 @@ def _interpret(
         for name in program.inputs
     }
     raw = interpreter.run(program, hosts)
-    new = {name: torch.from_numpy(x).view(getattr(torch, program.spec(name).dtype))[..., 0] for name, x in raw.items()}
+    views = {name: torch.from_numpy(x).view(dtype_of(program.spec(name).dtype))[..., 0] for name, x in raw.items()}
+    new = {name: x.clone() for name, x in views.items()}  # autograd forbids writing into a view, as no GPU's result is
     return new | {name: x.copy_(new[name]) for name, x in (out or {}).items()}
 
 

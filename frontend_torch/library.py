@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels_triton.backend import choose_backend
 from kernels_triton.validation import check_call
 
-from .adapter import differentiate, no_forward_mode
+from .adapter import differentiate, no_forward_mode, refuse_forward_mode
 from .calls import ARGUMENTS, NAMES, PACKED, RESULTS, Tensors, is_transposed, settle
 from .executor import run
 from .reference import run_reference
@@ -68,10 +68,10 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     given, options, form = _named((*rest[: len(ARGUMENTS)], *rest[-len(OPTIONS) :]))
     call, tensors = settle(given, options, form)
     saved = {name: x for name, x in zip((*NAMES, *PACKED), tensors, strict=True) if x is not None}
-    saved |= {name: x for name, x in zip((*RESULTS[:3], *SAVED), made, strict=True) if x.numel()}
+    saved |= {name: x.contiguous() for name, x in zip((*RESULTS[1:3], *SAVED), made[1:], strict=True) if x.numel()}
     dh, *dlast = cotangents
+    saved["h"] = (made[0].transpose(1, 2) if call.transposed else made[0]).contiguous()
     if call.transposed:
-        saved["h"] = saved["h"].transpose(1, 2)
         dh = None if dh is None else dh.transpose(1, 2)
     results = differentiate(call.problem, call.backend, saved, (dh, *dlast))
     if call.transposed:
@@ -135,10 +135,12 @@ def _over_batches(operator: Any, names: Sequence[str]) -> Callable[..., Any]:
 
 def autocast(tensors: Sequence[Any]) -> tuple[Any, ...]:
     """q, k, v in autocast's dtype, where it is on; gates and states stay as they are."""
-    device = getattr(tensors[0], "device", None)
-    if device is None or not torch.is_autocast_enabled(device.type):
+    if not all(isinstance(x, Tensor) for x in tensors):  # the checks will say so
         return tuple(tensors)
-    dtype = torch.get_autocast_dtype(device.type)
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tuple(tensors)
+    dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
@@ -231,6 +233,7 @@ def apply(tensors: Tensors, options: Mapping[str, Any], form: str) -> tuple[Tens
     if backend == "reference":
         m = None if m is None else m.reshape(m.shape[:2])
         return run_reference(problem, (*tensors[:7], m, *tensors[8:]))
+    refuse_forward_mode(tensors)
     if any("DTensor" in [kind.__name__ for kind in type(x).__mro__] for x in tensors):
         from . import sharding as _  # its rules; DTensor takes long to import for those who have none
 

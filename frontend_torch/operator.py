@@ -8,11 +8,14 @@ from jaxtyping import Float, Float32, Int, Int32
 from torch import Tensor
 
 from kernels_triton import packing
+from kernels_triton.options import check_flag
+from kernels_triton.problem import OFFSET_DTYPES
 
 from . import library
 from .adapter import run_kernels
 from .calls import Tensors, settle
 from .reference import run_reference
+from .tensors import dtype_name
 
 States = tuple[Float32[Tensor, "B H K V"], Float32[Tensor, "B H K"], Float32[Tensor, "B H"]]
 
@@ -23,7 +26,7 @@ def host_checked(cu_seqlens: Tensor | None, q: Any, layout: str) -> Tensor | Non
         return cu_seqlens
     if not library.is_plain((cu_seqlens,)):
         return cu_seqlens.to(q.device, non_blocking=True)
-    offsets = cu_seqlens.dim() == 1 and len(cu_seqlens) > 1 and not cu_seqlens.is_floating_point()
+    offsets = cu_seqlens.dim() == 1 and len(cu_seqlens) > 1 and dtype_name(cu_seqlens.dtype) in OFFSET_DTYPES
     if offsets and q.dim() == 4 and layout == "bthd":  # of other things than offsets `check_call` speaks
         packing.check_offsets(cu_seqlens.tolist(), q.shape[1])
     return cu_seqlens.to(q.device, non_blocking=True)
@@ -34,6 +37,7 @@ def apply(tensors: Tensors, last: bool, options: dict[str, Any], form: str = "ch
 
     tensors: by NAMES, perhaps by ARGUMENTS; options: of `check_call`.
     """
+    check_flag("return_last_states", last)
     tensors = (*library.autocast(tensors[:3]), *tensors[3:])
     if not library.is_plain(tensors):
         return library.apply(tensors, options, form)

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from kernels_triton import packing
 from kernels_triton.backend import choose_backend
+from kernels_triton.options import one_of
+from kernels_triton.problem import BACKENDS
 from kernels_triton.validation import check_table
 
 from .executor import run
+from .library import is_plain
 from .registry import register
 from .tensors import describe, platform_of
 
@@ -28,7 +31,10 @@ def make_chunk_table(
 
     T: tokens of all sequences; chunk_size as the operator's. The reference backend needs none: its table is all zeros.
     """
+    one_of("backend", backend, BACKENDS)
     L, sequences = check_table(describe("cu_seqlens", cu_seqlens), T, chunk_size)
+    if cu_seqlens.device.type == "cpu" and is_plain((cu_seqlens,)):
+        packing.check_offsets(cu_seqlens.tolist(), T)
     used = choose_backend(backend, platform_of(cu_seqlens))
     if used == "reference":
         return cu_seqlens.new_zeros(packing.table_size(T, sequences, L), dtype=torch.int32)
@@ -56,4 +62,5 @@ def cu_seqlens_from_document_ids(
     ids: (T,) or (1, T). num_documents: how many offsets to make, less one; documents that lack are empty, those beyond
     join the last. None: as many as there are, for which the host waits for a GPU.
     """
+    describe("ids", ids)
     return packing.cu_seqlens_from_document_ids(ids, num_documents)

@@ -13,7 +13,7 @@ from kernels_triton.backend import choose_backend
 from kernels_triton.validation import check_step
 
 from . import library
-from .adapter import run_kernels
+from .adapter import refuse_forward_mode, run_kernels
 from .calls import NAMES, Call, call_key
 from .executor import run
 from .operator import States, apply
@@ -128,6 +128,16 @@ def _registered(tensors: tuple[Tensor, ...], out: tuple[Tensor, ...], options: d
     return h.squeeze(2), (out if out else last)  # type: ignore[return-value]
 
 
+def _given(out_states: Any) -> tuple[Tensor, ...]:
+    if out_states is None:
+        return ()
+    if not isinstance(out_states, tuple | list):
+        raise TypeError(f"out_states: expected three tensors, c, n and m, got {type(out_states).__name__}")
+    if len(out_states) != 3:
+        raise ValueError(f"out_states: expected three tensors, c, n and m, got {len(out_states)}")
+    return tuple(out_states)
+
+
 def _elsewhere(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors share no memory."""
     return x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr()
@@ -166,9 +176,7 @@ def mlstm_step(
     graph can capture it.
     """
     tensors: tuple[Tensor, ...] = (*library.autocast((q, k, v)), i, f, c, n, m)
-    out = () if out_states is None else tuple(out_states)
-    if len(out) not in (0, 3):
-        raise ValueError(f"out_states: expected three tensors, c, n and m, got {len(out)}")
+    out = _given(out_states)
     options = {
         "eps": eps,
         "qk_scale": qk_scale,
@@ -185,6 +193,8 @@ def mlstm_step(
         call = None
     if call is None:
         call, tensors = _settle(tensors, out, options, key)
+    if call.backend != "reference":
+        refuse_forward_mode(tensors)
     problem = call.problem
     head = (problem.B, problem.H)
     recorded = _is_recorded(tensors, out)

@@ -68,3 +68,8 @@ def like(x: Tensor, transposed: bool) -> Tensor:
 def is_transformed() -> bool:
     """Whether a transform of torch.func is at work, which wraps tensors in plain ones."""
     return torch._C._are_functorch_transforms_active()
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether x stands for a batch of tensors, as autograd makes them for batched gradients."""
+    return torch._C._functorch.is_legacy_batchedtensor(x)

@@ -35,7 +35,6 @@ class Schedule:
     rest: constants, and None for what a run makes. earlier: the pass that what it reads was saved by.
     """
 
-    inputs: tuple[str, ...]
     places: tuple[tuple[int, ...], ...]  # of each arena that memory is given for: the earlier pass's, then its own
     rest: tuple[Any, ...]
     numbers: Mapping[str, int]
@@ -47,7 +46,7 @@ class Schedule:
     ) -> dict[str, Tensor]:
         """Launch; returns by name the buffers in memory of their own that are left.
 
-        addresses: of `inputs`; memories: of the arenas; tensors: the inputs; out: tensors for results.
+        addresses: of the inputs; memories: of the arenas; tensors: the inputs; out: tensors for results.
         """
         values: list[Any] = [*addresses]
         for memory, places in zip(memories, self.places, strict=True):
@@ -125,14 +124,16 @@ def _step(launch: Launch, run: Runner, own: Container[str], numbers: _Numbers, s
     return Step(run, pick, made, read, spent)
 
 
-def schedule(program: Pass, runners: Sequence[Runner], earlier: Pass | None) -> Schedule:
-    """The schedule of a pass on compiled kernels, one for each launch. earlier: whose saved memory it reads."""
+def schedule(program: Pass, runners: Sequence[Runner], inputs: Sequence[str], earlier: Pass | None) -> Schedule:
+    """The schedule of a pass on compiled kernels, one for each launch.
+
+    inputs: those in memory of their own; earlier: whose saved memory it reads besides.
+    """
     arenas = (*([earlier.arenas[0]] if earlier else ()), *(x for x in program.arenas if x.size))
     placed = [name for arena in arenas for name in arena.places]
-    inputs = tuple(name for name in program.inputs if name not in placed)
     numbers = _Numbers((*inputs, *placed))
     own = program.specs.keys() - set(placed)  # what takes memory of its own
     launches = zip(program.launches, runners, program.spent, strict=True)
     steps = tuple(_step(launch, run, own, numbers, tuple(own.intersection(spent))) for launch, run, spent in launches)
     places = tuple(tuple(arena.places.values()) for arena in arenas)
-    return Schedule(inputs, places, tuple(numbers.rest), numbers.names, steps, earlier)
+    return Schedule(places, tuple(numbers.rest), numbers.names, steps, earlier)

@@ -150,13 +150,13 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     call, tensors = settle(given, options)
     segments, problem = _segments(group), call.problem
     env = {name: x for name, x in zip(NAMES[:5], tensors, strict=False) if x is not None}
-    made = dict(zip(KEPT, kept, strict=True))
+    made = {name: x.contiguous() for name, x in zip(KEPT, kept, strict=True)}  # whatever a compiler made of them
     env |= dict(zip((*RESULTS[1:], *NAMES[5:]), (made.pop(name) for name in OWN + BEFORE), strict=True))
     decays = made.pop("decays")
     env |= {name: x for name, x in made.items() if x.numel()}
     if call.transposed:
         h, dh = (None if x is None else x.transpose(1, 2) for x in (h, dh))
-    env |= {"dh": readable_cotangent(problem, dh, env["v"])} | ({} if h is None else {"h": h})
+    env |= {"dh": readable_cotangent(problem, dh, env["v"])} | ({} if h is None else {"h": h.contiguous()})
     results = _gradients(problem, call.backend, segments, env, decays, dlast if last else None)
     if segments.index:
         results |= {name: torch.zeros_like(results[name]) for name in plan.GRADIENTS_INITIAL}

@@ -31,6 +31,8 @@ def describe(name: str, x: Any) -> ArrayInfo | None:
         return None
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
     return ArrayInfo(tuple(x.shape), dtype_name(x.dtype), str(x.device))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -54,6 +55,9 @@ def empty(shape: tuple[int, ...], dtype: str) -> tuple[HostArray, np.ndarray]:
     return HostArray(raw.ctypes.data, dtype, raw), raw
 
 
+_one_at_a_time = threading.Lock()  # the interpreter swaps parts of triton.language while it runs
+
+
 def run(program: Pass, buffers: Mapping[str, HostArray]) -> dict[str, np.ndarray]:
     """Run a pass; returns the raw bytes of its results by name (shape, with the element size as last axis)."""
     env: dict[str, HostArray] = {name: buffers[name] for name in program.inputs}
@@ -64,7 +68,7 @@ def run(program: Pass, buffers: Mapping[str, HostArray]) -> dict[str, np.ndarray
             arguments[name] = env[buffer]
         # Overflow to inf, nan arithmetic and a maximum of nans are defined results on a GPU, without warnings. The
         # deprecation is how the interpreter turns run-time loop bounds into Python integers.
-        with np.errstate(all="ignore"), warnings.catch_warnings():
+        with _one_at_a_time, np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
             warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
             launch.kernel[(launch.grid,)](**arguments, **launch.constexprs)

@@ -62,7 +62,11 @@ def check_offsets(offsets: Sequence[int], T: int) -> None:
 
 def cu_seqlens_from_document_ids(ids: Array, num_documents: int | None) -> Array:
     """See the frontends' function of this name."""
+    if not array_api_compat.is_array_api_obj(ids):
+        raise TypeError(f"ids: expected an array of whole numbers, got {type(ids).__name__}")
     xp = array_api_compat.array_namespace(ids)
+    if "int" not in str(ids.dtype):
+        raise TypeError(f"ids: expected an array of whole numbers, got dtype {ids.dtype}")
     if len(ids.shape) not in (1, 2) or (len(ids.shape) == 2 and ids.shape[0] != 1) or 0 in ids.shape:
         raise ValueError(f"ids: expected shape (T,) or (1, T) with T >= 1, got {tuple(ids.shape)}")
     ids = xp.reshape(ids, (-1,))

@@ -14,8 +14,9 @@ from typing import Any
 
 from .builder import Builder
 from .launch import Launch, Pass
+from .options import check_chunk_size
 from .problem import DEFAULT_ARCH, Problem, contiguous_strides
-from .validation import STATES, ArrayInfo, check_call, check_chunk_size
+from .validation import STATES, ArrayInfo, check_call
 
 Infos = Mapping[str, ArrayInfo | None]
 

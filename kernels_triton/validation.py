@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .options import check_chunk_size, check_flag, number, one_of
 from .packing import table_size
 from .problem import (
     BACKENDS,
@@ -19,7 +19,6 @@ from .problem import (
     MAX_CHUNK,
     MAX_HEAD_DIM,
     MAX_TOKEN_STRIDE,
-    MIN_CHUNK,
     NORMALIZER_GRADS,
     OFFSET_DTYPES,
     PRECISIONS,
@@ -32,6 +31,12 @@ from .problem import (
 FORWARD_MODE = "mlstm_chunkwise: expected reverse mode, got forward-mode differentiation; use backend='reference'"
 TWICE = "mlstm_chunkwise: expected a first derivative, got a call to differentiate twice; use backend='reference'"
 
+BATCHED = (
+    "mlstm_chunkwise: expected plain cotangents, got a batch of them (is_grads_batched, vectorize=True); use jacrev "
+    "or vjp of torch.func"
+)
+
+TOKENS = ("q", "k", "v", "i", "f")
 STATES = ("c_initial", "n_initial", "m_initial")
 
 
@@ -44,12 +49,6 @@ class ArrayInfo:
     device: str
 
 
-def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError unless value is one of the allowed strings."""
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
 def _shape(name: str, info: ArrayInfo, symbols: str, expected: tuple[int, ...]) -> None:
     if info.shape != expected:
         raise ValueError(f"{name}: expected shape ({symbols}) = {expected}, got {info.shape}")
@@ -60,37 +59,21 @@ def _dtype(name: str, info: ArrayInfo, allowed: tuple[str, ...]) -> None:
         raise TypeError(f"{name}: expected dtype {' or '.join(allowed)}, got {info.dtype}")
 
 
-def _number(name: str, value: Any, minimum: float = -math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a Python number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf or value < minimum:  # which a compiler can trace, unlike isfinite
-        at_least = "" if minimum == -math.inf else f" >= {minimum}"
-        raise ValueError(f"{name}: expected a finite number{at_least}, got {value}")
-    return float(value)
-
-
-def check_chunk_size(chunk_size: Any, name: str = "chunk_size") -> None:
-    """None, or a power of two from 16 to 512."""
-    if chunk_size is None:
-        return
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f"{name}: expected an int or None, got {type(chunk_size).__name__}")
-    if not MIN_CHUNK <= chunk_size <= MAX_CHUNK or chunk_size & (chunk_size - 1):
-        raise ValueError(f"{name}: expected a power of two from {MIN_CHUNK} to {MAX_CHUNK}, got {chunk_size}")
-
-
-def _bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+def _required(arrays: Mapping[str, ArrayInfo | None], names: Sequence[str]) -> dict[str, ArrayInfo]:
+    """The arrays that are there; those of these names must be."""
+    for name in names:
+        if arrays.get(name) is None:
+            raise TypeError(f"{name}: expected an array, got None")
+    return {name: info for name, info in arrays.items() if info is not None}
 
 
 def _cell(eps: Any, input_gate: Any, normalize: Any) -> float:
     """The options of the cell itself; returns eps."""
-    _bool("normalize", normalize)
+    check_flag("normalize", normalize)
     one_of("input_gate", input_gate, INPUT_GATES)
     if not normalize and input_gate == "exponential":
         raise ValueError("normalize: expected True with input_gate='exponential', whose states are scaled, got False")
-    return _number("eps", eps, minimum=0.0)
+    return number("eps", eps, minimum=0.0)
 
 
 def _head_dims(K: int, V: int) -> None:
@@ -196,10 +179,10 @@ def check_call(
     one_of("precision", precision, PRECISIONS)
     one_of("backend", backend, BACKENDS)
     check_chunk_size(chunk_size)
-    _bool("save_states", save_states)
+    check_flag("save_states", save_states)
     eps = _cell(eps, input_gate, normalize)
 
-    infos = {name: info for name, info in arrays.items() if info is not None}
+    infos = _required(arrays, TOKENS)
     symbols = "B, T, H" if layout == "bthd" else "B, H, T"
     q = infos["q"]
     for name, rank in (("q", 4), ("k", 4), ("v", 4), ("i", 3), ("f", 3)):
@@ -251,7 +234,7 @@ def check_call(
         f_dtype=infos["f"].dtype,
         strides=tuple(strides.items()),
         layout=layout,
-        scale=K**-0.5 if qk_scale is None else _number("qk_scale", qk_scale),
+        scale=K**-0.5 if qk_scale is None else number("qk_scale", qk_scale),
         eps=eps,
         chunk_size=chunk_size and min(chunk_size, LONGEST_CHUNK),
         normalizer_grad=normalizer_grad,
@@ -296,7 +279,8 @@ def check_step(
     """
     one_of("backend", backend, BACKENDS)
     eps = _cell(eps, input_gate, normalize)
-    infos = {name: info for name, info in arrays.items() if info is not None}
+    out = tuple(f"out_states[{x}]" for x in range(3))
+    infos = _required(arrays, (*TOKENS, "c", "n", "m", *(out if any(name in arrays for name in out) else ())))
     for name, symbols in (("q", "B, H, K"), ("v", "B, H, V")):
         if len(infos[name].shape) != 3:
             raise ValueError(f"{name}: expected rank 3, ({symbols}), got shape {infos[name].shape}")
@@ -309,7 +293,7 @@ def check_step(
     _shape("i", infos["i"], "B, H", (B, H))
     _shape("f", infos["f"], "B, H", (B, H))
     _input_dtypes(infos)
-    for c, n, m in (("c", "n", "m"), tuple(f"out_states[{x}]" for x in range(3))):
+    for c, n, m in (("c", "n", "m"), out):
         if c not in infos:
             continue
         _shape(c, infos[c], "B, H, K, V", (B, H, K, V))
@@ -333,7 +317,7 @@ def check_step(
         f_dtype=infos["f"].dtype,
         strides=tuple(strides.items()),
         layout="bhtd",
-        scale=K**-0.5 if qk_scale is None else _number("qk_scale", qk_scale),
+        scale=K**-0.5 if qk_scale is None else number("qk_scale", qk_scale),
         eps=eps,
         chunk_size=None,
         normalizer_grad="exact",

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+import frontend_jax
+import frontend_torch
 from kernels_triton.backend import interpreting
 from tests.support import OPERATORS, make_case, to_torch
 
@@ -90,6 +92,11 @@ BAD = {
     "eps-negative": ({"eps": -1e-6}, ValueError, r"eps: expected a finite number >= 0.0, got -1e-06"),
     "eps-kind": ({"eps": "small"}, TypeError, r"eps: expected a Python number, got str"),
     "scale": ({"qk_scale": float("nan")}, ValueError, r"qk_scale: expected a finite number, got nan"),
+    "eps-huge": ({"eps": 10**400}, ValueError, r"eps: expected a finite number, got an integer beyond all floats"),
+    "flag": ({"return_last_states": "no"}, TypeError, r"return_last_states: expected a bool, got str"),
+    "backend-kind": ({"backend": [1, 2]}, ValueError, r"backend: expected one of 'triton', .*, got \[1, 2\]"),
+    "no-q": ({"q": None}, TypeError, r"q: expected an array, got None"),
+    "no-gates": ({"f": None}, TypeError, r"f: expected an array, got None"),
     "triton-on-cpu": ({"backend": "triton"}, ValueError, r"backend: 'triton' expected arrays on a CUDA or ROCm device"),
 }
 if not interpreting():
@@ -137,6 +144,46 @@ def test_not_an_array(framework, kind):
 def test_mixed_devices():
     with pytest.raises(ValueError, match=r"f: expected the device of q, cpu, got meta"):
         _call("torch", {"f": torch.zeros(2, 3, 5, device="meta")})
+
+
+@pytest.mark.parametrize("kind", ["sparse", "numpy"])
+def test_not_a_dense_tensor(kind):
+    q = to_torch(CASE.arrays["q"]).to_sparse() if kind == "sparse" else CASE.arrays["q"]
+    text = "a dense tensor, got layout torch.sparse_coo" if kind == "sparse" else "a torch.Tensor, got ndarray"
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "numpy"), pytest.raises(TypeError) as error:
+        OPERATORS["torch"](**{n: to_torch(x) for n, x in CASE.arrays.items()} | {"q": q})
+    assert f"q: expected {text}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "out, text",
+    [
+        (5, "out_states: expected three tensors, c, n and m, got int"),
+        ((torch.zeros(2, 3, 4, 6), None, torch.zeros(2, 3)), r"out_states\[1\]: expected an array, got None"),
+        ((None, torch.zeros(2, 3, 4), torch.zeros(2, 3)), r"out_states\[0\]: expected an array, got None"),
+    ],
+)
+def test_bad_out_states(out, text):
+    arrays = [to_torch(x) for x in CASE.arrays.values()]
+    token = [x[:, :, 0] for x in arrays[:5]]
+    with pytest.raises(TypeError, match=text):
+        frontend_torch.mlstm_step(*token, *arrays[5:], out_states=out)
+
+
+@pytest.mark.parametrize("module", [frontend_torch, frontend_jax])
+@pytest.mark.parametrize("ids, got", [([0, 0, 1], "list"), (None, "NoneType"), ([0.0, 1.0], "dtype")])
+def test_bad_document_ids(module, ids, got):
+    if got == "dtype":
+        ids = torch.tensor(ids) if module is frontend_torch else np.array(ids, np.float32)
+    with pytest.raises(TypeError, match=f"ids: expected .*, got {got}"):
+        module.cu_seqlens_from_document_ids(ids)
+
+
+def test_bad_chunk_table():
+    with pytest.raises(ValueError, match="cu_seqlens: expected offsets from 0 to T = 9, got 5 to 99"):
+        frontend_torch.make_chunk_table(torch.tensor([5, 3, 99]), 9, 16)
+    with pytest.raises(ValueError, match="backend: expected one of 'triton'"):
+        frontend_torch.make_chunk_table(torch.tensor([0, 9]), 9, 16, backend="x")
 
 
 def test_the_case_itself_is_good():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from frontend_torch import executor
-from kernels_triton import plan
+from kernels_triton import packing, plan
 from kernels_triton.launch import SMALL, WIDTHS, Descriptor
 from tests.test_plan import problem
 
@@ -185,6 +185,33 @@ def test_a_misaligned_input_is_compiled_for(calls):
         calls.clear()
         executor.launch_all(forward, given)
         assert all(isinstance(arguments[0], torch.Tensor) for _, arguments in calls)
+
+
+def test_another_dtype_is_compiled_for(calls):
+    """Offsets may be of two dtypes, which one plan serves: a kernel compiled for one is not launched on the other."""
+    program = recorded(packing.table_pass(300, 2, 64), calls)
+    offsets = torch.tensor([0, 100, 300])
+    for _ in range(2):
+        for dtype in (torch.int32, torch.int64):
+            executor.launch_all(program, {"cu_seqlens": offsets.to(dtype)})
+    kinds = [type(arguments[0]) for _, arguments in calls]
+    assert kinds == [torch.Tensor, torch.Tensor, int, int]
+
+
+def test_saved_memory_brought_back_at_any_address(calls):
+    """Hooks may put it anywhere: kernels compiled for aligned addresses get such."""
+    p = problem(1, 2, 40, 16, 16)
+    forward, backward = (recorded(x, calls) for x in (plan.forward_pass(p), plan.backward_pass(p)))
+    env = inputs(p)
+    env |= executor.launch_all(forward, env)
+    for _ in range(2):
+        saved = env[executor.SAVED]
+        moved = torch.empty(saved.numel() + 1, dtype=torch.uint8)[1:].copy_(saved)
+        calls.clear()
+        executor.launch_all(backward, env | {executor.SAVED: moved}, earlier=forward)
+    pairs = zip(backward.launches, calls, strict=True)
+    given = [x for launch, (_, arguments) in pairs for x in addresses(launch, arguments).values()]
+    assert given and all(x % executor.ALIGNMENT == 0 for x in given)
 
 
 @pytest.mark.parametrize("T", [40, 20000])

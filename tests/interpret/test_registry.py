@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
+import frontend_torch
 from frontend_torch import (
     cu_seqlens_from_document_ids,
     library,
@@ -270,6 +272,34 @@ def test_vmap_of_packed_sequences(arrays):
     function = functools.partial(mlstm_chunkwise, layout="bthd", cu_seqlens=offsets, chunk_size=16, backend="interpret")
     got = torch.func.vmap(function)(*(torch.stack([x, 2 * x]) for x in tokens))
     assert torch.equal(got, torch.stack([function(*tokens), function(*(2 * x for x in tokens))]))
+
+
+@pytest.mark.parametrize("B", [1, 2])
+def test_jacrev(B):
+    """What is saved is not batched where the cotangents are."""
+    tensors = [to_torch(x) for x in make_case(B=B, H=1, T=5, K=3, V=2, states=False).arrays.values()]
+    found = []
+    for backend in ("interpret", "reference"):
+        function = functools.partial(mlstm_chunkwise, chunk_size=16, backend=backend)
+        found.append(torch.func.jacrev(lambda q, f=function: f(q, *tensors[1:]))(tensors[0]))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own
+def test_no_way_drops_a_tangent(arrays):
+    """Also where no gradient is recorded, and in one step."""
+    text = "expected reverse mode, got forward-mode differentiation"
+    fwd = torch.autograd.forward_ad
+    arrays = [x.detach() for x in arrays]
+    token = [x[:, :, 0] for x in arrays[:5]]
+    with pytest.raises(NotImplementedError, match=text):
+        torch.func.linearize(lambda q: flat(q, *arrays[1:])[0], arrays[0])
+    with fwd.dual_level():
+        q, dual = fwd.make_dual(arrays[0], arrays[0]), fwd.make_dual(token[0], token[0])
+        with FlopCounterMode(display=False), pytest.raises(NotImplementedError, match=text):
+            flat(q, *arrays[1:])
+        with pytest.raises(NotImplementedError, match=text):
+            frontend_torch.mlstm_step(dual, *token[1:], *arrays[5:], backend="interpret")
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own
