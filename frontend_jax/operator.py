@@ -18,6 +18,7 @@ from kernels_triton.problem import Problem, architecture
 from kernels_triton.validation import FORWARD_MODE, ArrayInfo, check_call
 
 from .executor import varying
+from .explicit import as_q_is_split, explicit_mesh
 from .sharding import run_batched
 
 States = tuple[Float32[Array, "B H K V"], Float32[Array, "B H K"], Float32[Array, "B H"]]
@@ -109,14 +110,27 @@ def _backward(static: Static, saved: Arrays, cotangents: Any) -> tuple[Arrays]:
 kernels_call.defvjp(_forward, _backward)
 
 
+def _here(static: Static, arrays: Arrays) -> Any:
+    return (reference_call if static.backend == "reference" else kernels_call)(static, arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _over_mesh(static: Static, mesh: Any, arrays: Arrays) -> Any:
+    """On arrays whose types say how they are split. Compiled, as only then arrays of no mesh may be among them."""
+
+    def part(problem: Problem, arrays: Arrays) -> Any:
+        return _here(dataclasses.replace(static, problem=problem), arrays)
+
+    return as_q_is_split(part, mesh, static.problem, arrays, static.return_last_states)
+
+
 def call(static: Static, arrays: Arrays) -> Any:
     """h, and the last states where they are asked for, by the backend that is settled."""
-    if static.backend == "reference":
-        return reference_call(static, arrays)
+    mesh = explicit_mesh(arrays)
     try:
-        return kernels_call(static, arrays)
+        return _here(static, arrays) if mesh is None else _over_mesh(static, mesh, arrays)
     except TypeError as error:
-        if "forward-mode" not in str(error):
+        if static.backend == "reference" or "forward-mode" not in str(error):
             raise
         raise TypeError(FORWARD_MODE) from error
 
