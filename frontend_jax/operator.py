@@ -31,9 +31,24 @@ def describe(name: str, x: Any) -> ArrayInfo | None:
     """An array's facts for the shared checks. JAX itself refuses arrays of different devices."""
     if x is None:
         return None
-    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+    if isinstance(x, Array):
+        return ArrayInfo(tuple(x.shape), str(x.dtype), "")
+    if not isinstance(x, np.ndarray) and not hasattr(x, "__jax_array__"):
         raise TypeError(f"{name}: expected a jax.Array, got {type(x).__name__}")
-    return ArrayInfo(tuple(x.shape), jnp.dtype(x.dtype).name, "")
+    # What JAX will make of it: without jax_enable_x64 nothing has 64 bits.
+    return ArrayInfo(tuple(x.shape), str(jax.dtypes.canonicalize_dtype(x.dtype)), "")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises TypeError unless value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def check_known_offsets(cu_seqlens: Any, T: int) -> None:
+    """Raises ValueError where offsets are wrong and it can be seen without waiting for a device: NumPy's."""
+    if isinstance(cu_seqlens, np.ndarray):
+        packing.check_offsets(cu_seqlens.tolist(), T)
 
 
 def device_of(x: Any) -> Any:
@@ -178,8 +193,11 @@ def apply(
 
     given: by NAMES, perhaps cu_seqlens and chunk_table after them; options: of `check_call`.
     """
+    check_flag("return_last_states", return_last_states)
     infos = {name: describe(name, x) for name, x in zip((*NAMES, "cu_seqlens", "chunk_table"), given, strict=False)}
     problem = check_call(infos, **options, form=form)
+    if problem.sequences:
+        check_known_offsets(given[len(NAMES)], problem.T)
     q = given[0]
     problem = dataclasses.replace(problem, arch=architecture_of(q))
     names = (*NAMES, *PACKED)
@@ -271,8 +289,5 @@ def mlstm_chunkwise(
         "normalize": normalize,
         "backend": backend,
     }
-    offsets: Any = cu_seqlens
-    if isinstance(offsets, np.ndarray) and offsets.ndim == 1 and len(offsets) > 1 and layout == "bthd":
-        packing.check_offsets(offsets.tolist(), q.shape[1])
     arrays = (q, k, v, i, f, c_initial, n_initial, m_initial, cu_seqlens, chunk_table)
     return apply(arrays, return_last_states, options)

@@ -14,7 +14,7 @@ from kernels_triton.backend import choose_backend
 from kernels_triton.validation import check_table
 
 from .executor import run
-from .operator import describe, platform_of
+from .operator import check_known_offsets, describe, platform_of
 
 
 def make_chunk_table(
@@ -29,6 +29,7 @@ def make_chunk_table(
     T: tokens of all sequences; chunk_size as the operator's. The reference backend needs none: its table is all zeros.
     """
     L, sequences = check_table(describe("cu_seqlens", cu_seqlens), T, chunk_size)
+    check_known_offsets(cu_seqlens, T)
     used = choose_backend(backend, platform_of(cu_seqlens))
     if used == "reference":
         return jnp.zeros(packing.table_size(T, sequences, L), jnp.int32)
