@@ -23,6 +23,14 @@ def explicit_mesh(arrays: Arrays) -> Any:
     return None
 
 
+def on_every_device(function: Callable[[Arrays], Arrays], mesh: Any, arrays: Arrays) -> Arrays:
+    """function of whole arrays, which each device computes for itself."""
+    whole = PartitionSpec()
+    here: Any = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole))
+    found: Arrays = here({name: jax.reshard(x, NamedSharding(mesh, whole)) for name, x in arrays.items()})
+    return found
+
+
 def as_q_is_split(
     function: Callable[[Problem, Arrays], Any], mesh: Any, problem: Problem, arrays: Arrays, with_last: bool
 ) -> Any:

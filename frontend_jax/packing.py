@@ -14,6 +14,7 @@ from kernels_triton.backend import choose_backend
 from kernels_triton.validation import check_table
 
 from .executor import run
+from .explicit import explicit_mesh, on_every_device
 from .operator import check_known_offsets, describe, platform_of
 
 
@@ -33,7 +34,12 @@ def make_chunk_table(
     used = choose_backend(backend, platform_of(cu_seqlens))
     if used == "reference":
         return jnp.zeros(packing.table_size(T, sequences, L), jnp.int32)
-    return run(packing.table_pass(T, sequences, L), {"cu_seqlens": jnp.asarray(cu_seqlens)}, used)["chunks"]
+    program, arrays = packing.table_pass(T, sequences, L), {"cu_seqlens": jnp.asarray(cu_seqlens)}
+    mesh = explicit_mesh(arrays)
+    found = (
+        run(program, arrays, used) if mesh is None else on_every_device(lambda x: run(program, x, used), mesh, arrays)
+    )
+    return found["chunks"]
 
 
 def cu_seqlens_from_document_ids(

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import frontend_jax
-from frontend_jax import mlstm_chunkwise, mlstm_recurrent, mlstm_step
+from frontend_jax import make_chunk_table, mlstm_chunkwise, mlstm_recurrent, mlstm_step
 
 MESH = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(AxisType.Explicit,) * 2)
 TIGHT = {"reference": 1e-4, "interpret": 0.0, "triton": 0.0}
@@ -63,6 +63,20 @@ def packed(backend):
     split(function, draw(1, bthd=True)[:5] + draw(2)[5:], P(None, None, "heads"), P(None, "heads"), backend)
 
 
+def chunk_table(backend):
+    """Of offsets on the mesh; each device has all of it."""
+    tokens = draw(1, bthd=True)[:5]
+    placed = [jax.device_put(x, NamedSharding(MESH, P(None, None, "heads"))) for x in tokens]
+    offsets = np.array([0, 7, 19], np.int32)
+    everywhere = jax.device_put(offsets, NamedSharding(MESH, P()))
+    function = functools.partial(mlstm_chunkwise, layout="bthd", chunk_size=16, backend=backend)
+    for make in (make_chunk_table, jax.jit(make_chunk_table, static_argnums=(1, 2), static_argnames="backend")):
+        table = make(everywhere, 19, 16, backend=backend)
+        h = function(*placed, cu_seqlens=everywhere, chunk_table=table)
+        assert h.sharding.is_equivalent_to(placed[0].sharding, 4), h.sharding
+        equal((h, function(*tokens, cu_seqlens=offsets)), TIGHT[backend])
+
+
 def gathered(backend):
     """Split over tokens: gathered, and the gradients are split as the arguments are."""
     heads = P(None, "heads")
@@ -91,7 +105,7 @@ def eager(backend):
 
 
 def reference():
-    for check in (every_form, packed, gathered, eager):
+    for check in (every_form, packed, chunk_table, gathered, eager):
         check("reference")
     # Some axes of the mesh explicit, some left to the partitioner.
     mixed = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(AxisType.Auto, AxisType.Explicit))
@@ -104,7 +118,7 @@ def reference():
 
 
 def interpreted():
-    for check in (every_form, packed, gathered, eager):
+    for check in (every_form, packed, chunk_table, gathered, eager):
         check("interpret")
     arrays = [jax.device_put(x, NamedSharding(MESH, P("batch", "heads"))) for x in draw(4)]
     try:
