@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Float32
 
 from kernels_triton import context
@@ -18,7 +18,18 @@ from kernels_triton.reference import log_sigmoid
 from kernels_triton.validation import FORWARD_MODE, check_call, check_segments, no_packed_segments
 
 from .executor import varying
-from .operator import NAMES, Arrays, States, Static, apply, architecture_of, describe, platform_of, reference_call
+from .operator import (
+    NAMES,
+    Arrays,
+    States,
+    Static,
+    apply,
+    architecture_of,
+    check_flag,
+    describe,
+    platform_of,
+    reference_call,
+)
 from .sharding import run_batched
 
 STATES = NAMES[5:]
@@ -183,7 +194,7 @@ def mlstm_context_parallel(
     chunk_size: int | None = None,
     *,
     axis: str,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     batch_axis: str | None = None,
     head_axis: str | None = None,
     qk_scale: float | None = None,
@@ -237,8 +248,11 @@ def mlstm_context_parallel(
         "backend": backend,
     }
     given = (q, k, v, i, f, c_initial, n_initial, m_initial)
+    check_flag("return_last_states", return_last_states)
     if not isinstance(axis, str):
         raise TypeError(f"axis: expected the name of a mesh axis, got {type(axis).__name__}")
+    if not isinstance(mesh, Mesh | AbstractMesh | None):
+        raise TypeError(f"mesh: expected a jax.sharding.Mesh or None, got {type(mesh).__name__}")
     if mesh is None:
         for name, x in (("batch_axis", batch_axis), ("head_axis", head_axis)):
             if x is not None:

@@ -18,6 +18,7 @@ from kernels_triton.problem import Problem, architecture
 from kernels_triton.validation import FORWARD_MODE, ArrayInfo, check_call
 
 from .executor import varying
+from .explicit import as_q_is_split, explicit_mesh
 from .sharding import run_batched
 
 States = tuple[Float32[Array, "B H K V"], Float32[Array, "B H K"], Float32[Array, "B H"]]
@@ -30,9 +31,24 @@ def describe(name: str, x: Any) -> ArrayInfo | None:
     """An array's facts for the shared checks. JAX itself refuses arrays of different devices."""
     if x is None:
         return None
-    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+    if isinstance(x, Array):
+        return ArrayInfo(tuple(x.shape), str(x.dtype), "")
+    if not isinstance(x, np.ndarray) and not hasattr(x, "__jax_array__"):
         raise TypeError(f"{name}: expected a jax.Array, got {type(x).__name__}")
-    return ArrayInfo(tuple(x.shape), jnp.dtype(x.dtype).name, "")
+    # What JAX will make of it: without jax_enable_x64 nothing has 64 bits.
+    return ArrayInfo(tuple(x.shape), str(jax.dtypes.canonicalize_dtype(x.dtype)), "")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises TypeError unless value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def check_known_offsets(cu_seqlens: Any, T: int) -> None:
+    """Raises ValueError where offsets are wrong and it can be seen without waiting for a device: NumPy's."""
+    if isinstance(cu_seqlens, np.ndarray):
+        packing.check_offsets(cu_seqlens.tolist(), T)
 
 
 def device_of(x: Any) -> Any:
@@ -109,14 +125,27 @@ def _backward(static: Static, saved: Arrays, cotangents: Any) -> tuple[Arrays]:
 kernels_call.defvjp(_forward, _backward)
 
 
+def _here(static: Static, arrays: Arrays) -> Any:
+    return (reference_call if static.backend == "reference" else kernels_call)(static, arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _over_mesh(static: Static, mesh: Any, arrays: Arrays) -> Any:
+    """On arrays whose types say how they are split. Compiled, as only then arrays of no mesh may be among them."""
+
+    def part(problem: Problem, arrays: Arrays) -> Any:
+        return _here(dataclasses.replace(static, problem=problem), arrays)
+
+    return as_q_is_split(part, mesh, static.problem, arrays, static.return_last_states)
+
+
 def call(static: Static, arrays: Arrays) -> Any:
     """h, and the last states where they are asked for, by the backend that is settled."""
-    if static.backend == "reference":
-        return reference_call(static, arrays)
+    mesh = explicit_mesh(arrays)
     try:
-        return kernels_call(static, arrays)
+        return _here(static, arrays) if mesh is None else _over_mesh(static, mesh, arrays)
     except TypeError as error:
-        if "forward-mode" not in str(error):
+        if static.backend == "reference" or "forward-mode" not in str(error):
             raise
         raise TypeError(FORWARD_MODE) from error
 
@@ -164,8 +193,11 @@ def apply(
 
     given: by NAMES, perhaps cu_seqlens and chunk_table after them; options: of `check_call`.
     """
+    check_flag("return_last_states", return_last_states)
     infos = {name: describe(name, x) for name, x in zip((*NAMES, "cu_seqlens", "chunk_table"), given, strict=False)}
     problem = check_call(infos, **options, form=form)
+    if problem.sequences:
+        check_known_offsets(given[len(NAMES)], problem.T)
     q = given[0]
     problem = dataclasses.replace(problem, arch=architecture_of(q))
     names = (*NAMES, *PACKED)
@@ -257,8 +289,5 @@ def mlstm_chunkwise(
         "normalize": normalize,
         "backend": backend,
     }
-    offsets: Any = cu_seqlens
-    if isinstance(offsets, np.ndarray) and offsets.ndim == 1 and len(offsets) > 1 and layout == "bthd":
-        packing.check_offsets(offsets.tolist(), q.shape[1])
     arrays = (q, k, v, i, f, c_initial, n_initial, m_initial, cu_seqlens, chunk_table)
     return apply(arrays, return_last_states, options)

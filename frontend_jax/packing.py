@@ -14,7 +14,8 @@ from kernels_triton.backend import choose_backend
 from kernels_triton.validation import check_table
 
 from .executor import run
-from .operator import describe, platform_of
+from .explicit import explicit_mesh, on_every_device
+from .operator import check_known_offsets, describe, platform_of
 
 
 def make_chunk_table(
@@ -29,10 +30,16 @@ def make_chunk_table(
     T: tokens of all sequences; chunk_size as the operator's. The reference backend needs none: its table is all zeros.
     """
     L, sequences = check_table(describe("cu_seqlens", cu_seqlens), T, chunk_size)
+    check_known_offsets(cu_seqlens, T)
     used = choose_backend(backend, platform_of(cu_seqlens))
     if used == "reference":
         return jnp.zeros(packing.table_size(T, sequences, L), jnp.int32)
-    return run(packing.table_pass(T, sequences, L), {"cu_seqlens": jnp.asarray(cu_seqlens)}, used)["chunks"]
+    program, arrays = packing.table_pass(T, sequences, L), {"cu_seqlens": jnp.asarray(cu_seqlens)}
+    mesh = explicit_mesh(arrays)
+    found = (
+        run(program, arrays, used) if mesh is None else on_every_device(lambda x: run(program, x, used), mesh, arrays)
+    )
+    return found["chunks"]
 
 
 def cu_seqlens_from_document_ids(

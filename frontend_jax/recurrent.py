@@ -20,6 +20,7 @@ from .operator import (
     apply,
     architecture_of,
     call,
+    check_flag,
     describe,
     platform_of,
 )
@@ -100,8 +101,7 @@ def mlstm_step(
     Differentiable; the backward pass is that of the chunkwise form. All arguments but the arrays are static.
     """
     given: dict[str, Any] = dict(zip(STEP, (q, k, v, i, f, c, n, m), strict=True))
-    if not isinstance(donate_states, bool):
-        raise TypeError(f"donate_states: expected a bool, got {type(donate_states).__name__}")
+    check_flag("donate_states", donate_states)
     problem = check_step(
         {name: describe(name, x) for name, x in given.items()},
         eps=eps,

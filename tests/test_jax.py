@@ -85,6 +85,20 @@ def test_numpy_arrays_are_taken(backend):
     np.testing.assert_array_equal(f(**CASE.arrays), f(**ARRAYS))
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_numpy_gates_of_64_bits(backend, loss, plain, wide):
+    """JAX makes float32 of them, traced (as arguments of grad) or not; with jax_enable_x64 they stay as they are."""
+    gates = {name: CASE.arrays[name].astype(np.float64) for name in "if"}
+    arrays = {**CASE.arrays, **gates}
+    with jax.enable_x64(wide):
+        value, gradients = jax.value_and_grad(loss)(arrays)
+        assert {str(gradients[name].dtype) for name in "if"} == {"float64" if wide else "float32"}
+        agree((value, gradients), plain)
+        value, gradient = jax.value_and_grad(lambda q: loss({**arrays, "q": q}))(ARRAYS["q"])
+        agree((value, gradient), (plain[0], plain[1]["q"]))
+        agree(loss(arrays), plain[0])
+
+
 SHARDED = """
 import functools, sys
 import jax, jax.numpy as jnp, numpy as np
