@@ -14,6 +14,7 @@ from jaxtyping import Float, Float32
 
 from kernels_triton import context
 from kernels_triton.backend import choose_backend
+from kernels_triton.options import check_flag
 from kernels_triton.reference import log_sigmoid
 from kernels_triton.validation import FORWARD_MODE, check_call, check_segments, no_packed_segments
 
@@ -25,7 +26,6 @@ from .operator import (
     Static,
     apply,
     architecture_of,
-    check_flag,
     describe,
     platform_of,
     reference_call,

@@ -14,6 +14,7 @@ from jaxtyping import Float, Float32, Int, Int32
 
 from kernels_triton import packing, reference
 from kernels_triton.backend import choose_backend
+from kernels_triton.options import check_flag
 from kernels_triton.problem import Problem, architecture
 from kernels_triton.validation import FORWARD_MODE, ArrayInfo, check_call
 
@@ -37,12 +38,6 @@ def describe(name: str, x: Any) -> ArrayInfo | None:
         raise TypeError(f"{name}: expected a jax.Array, got {type(x).__name__}")
     # What JAX will make of it: without jax_enable_x64 nothing has 64 bits.
     return ArrayInfo(tuple(x.shape), str(jax.dtypes.canonicalize_dtype(x.dtype)), "")
-
-
-def check_flag(name: str, value: Any) -> None:
-    """Raises TypeError unless value is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def check_known_offsets(cu_seqlens: Any, T: int) -> None:

@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Float, Float32
 
 from kernels_triton.backend import choose_backend
+from kernels_triton.options import check_flag
 from kernels_triton.validation import check_step
 
 from .executor import varying
@@ -20,7 +21,6 @@ from .operator import (
     apply,
     architecture_of,
     call,
-    check_flag,
     describe,
     platform_of,
 )

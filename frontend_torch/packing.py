@@ -10,8 +10,6 @@ from torch import Tensor
 
 from kernels_triton import packing
 from kernels_triton.backend import choose_backend
-from kernels_triton.options import one_of
-from kernels_triton.problem import BACKENDS
 from kernels_triton.validation import check_table
 
 from .executor import run
@@ -31,7 +29,6 @@ def make_chunk_table(
 
     T: tokens of all sequences; chunk_size as the operator's. The reference backend needs none: its table is all zeros.
     """
-    one_of("backend", backend, BACKENDS)
     L, sequences = check_table(describe("cu_seqlens", cu_seqlens), T, chunk_size)
     if cu_seqlens.device.type == "cpu" and is_plain((cu_seqlens,)):
         packing.check_offsets(cu_seqlens.tolist(), T)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 
+from .options import one_of
+from .problem import BACKENDS
+
 
 def interpreting() -> bool:
     """True where Triton's interpreter is switched on. Triton reads the variable when a kernel is defined."""
@@ -22,6 +25,7 @@ def choose_backend(backend: str, platform: str) -> str:
 
     Raises ValueError if the one asked for cannot serve.
     """
+    one_of("backend", backend, BACKENDS)
     gpu = platform in ("cuda", "rocm")
     if backend == "auto":
         backend = "triton" if gpu and not interpreting() else "reference"
