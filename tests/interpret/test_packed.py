@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import frontend_jax
-import frontend_torch
 from kernels_triton import plan
 from tests.support import run
 from tests.test_packed import *  # noqa: F403
@@ -42,7 +41,7 @@ def test_other_lengths_compile_nothing(framework, backend):
 def test_bad_offsets_stay_inside(framework, backend, offsets):
     """Offsets that the host did not see: wrong results perhaps, but no token or chunk out of range."""
     table = (
-        frontend_torch.make_chunk_table(torch.tensor(offsets), 17, 16, backend=backend)
+        torch.ops.mlstm_dual.chunk_table(torch.tensor(offsets), 17, 16, backend)
         if framework == "torch"
         else frontend_jax.make_chunk_table(jnp.array(offsets, jnp.int32), 17, 16, backend=backend)
     )
