@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from kernels_triton.problem import Problem
 
 from .executor import Arrays
-from .sharding import axes_of, local_problem
+from .sharding import local_problem, spec_as_q
 
 
 def explicit_mesh(arrays: Arrays) -> Any:
@@ -38,20 +38,13 @@ def as_q_is_split(
 
     What is split otherwise (tokens, a head's dims, other arrays not as q) is brought into that form first.
     """
-    q = arrays["q"]
-    spec = [*jax.typeof(q).sharding.spec, *[None] * q.ndim]
-    of_q = [None if axis is None else spec[axis] for axis in axes_of("q", problem)]
+    spec = jax.typeof(arrays["q"]).sharding.spec
 
     def split(name: str, rank: int) -> PartitionSpec:
-        own = [None] * rank
-        for axis, by in zip(axes_of(name, problem), of_q, strict=True):
-            if axis is not None:
-                own[axis] = by
-        return PartitionSpec(*own)
+        return spec_as_q(name, rank, problem, spec)
 
     def inside(parts: Arrays) -> Any:
-        B, T_or_H, H_or_T, _ = parts["q"].shape
-        return function(local_problem(problem, B, H_or_T if problem.layout == "bthd" else T_or_H), parts)
+        return function(local_problem(problem, parts["q"].shape), parts)
 
     takes = {name: split(name, x.ndim) for name, x in arrays.items()}
     last = split("c_last", 4), split("n_last", 3), split("m_last", 2)

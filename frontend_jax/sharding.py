@@ -23,7 +23,7 @@ TOKENS = frozenset(["q", "k", "v", "i", "f", "h", "dq", "dk", "dv", "di", "df", 
 OFFSETS = ("cu_seqlens", "chunks")
 
 
-def axes_of(name: str, problem: Problem) -> tuple[int | None, int | None]:
+def _axes(name: str, problem: Problem) -> tuple[int | None, int | None]:
     """The axes of batch and heads of an array; None where it has none that can be split."""
     if problem.sequences and name in OFFSETS:
         return None, None
@@ -36,7 +36,7 @@ def _rule(problem: Problem, operands: Sequence[tuple[str, int]], results: Sequen
     whole: list[str] = []
 
     def factors(name: str, rank: int) -> str:
-        batch, heads = axes_of(name, problem)
+        batch, heads = _axes(name, problem)
         found = []
         for axis in range(rank):
             if axis in (batch, heads):
@@ -50,8 +50,21 @@ def _rule(problem: Problem, operands: Sequence[tuple[str, int]], results: Sequen
     return rule, {"need_replication_factors": tuple(whole)}
 
 
-def local_problem(problem: Problem, B: int, H: int) -> Problem:
-    """The problem of one device, in the chunks of the whole one: what passes hand on is cut along B and H alone."""
+def spec_as_q(name: str, rank: int, problem: Problem, spec: Sequence[Any]) -> PartitionSpec:
+    """How an array is split where all is as q is, over batch and heads alone. spec: q's."""
+    spec, own = [*spec, *[None] * 4], [None] * rank
+    for axis, of_q in zip(_axes(name, problem), _axes("q", problem), strict=True):
+        if axis is not None and of_q is not None:
+            own[axis] = spec[of_q]
+    return PartitionSpec(*own)
+
+
+def local_problem(problem: Problem, q_shape: Sequence[int]) -> Problem:
+    """The problem of one device, in the chunks of the whole one: what passes hand on is cut along B and H alone.
+
+    q_shape: of the device's part of q.
+    """
+    B, H = q_shape[0], q_shape[2 if problem.layout == "bthd" else 1]
     dims = {"q": problem.K, "k": problem.K, "v": problem.V, "i": 1, "f": 1}
     strides = tuple((name, contiguous_strides(H, problem.T, D, problem.layout)) for name, D in dims.items())
     local = dataclasses.replace(problem, B=B, H=H, strides=strides)
@@ -76,23 +89,13 @@ def run_sharded(make: Callable[[Problem], Pass], problem: Problem, arrays: Array
         return call
 
     def shardings(mesh: Any, given: Sequence[Any], of: Sequence[tuple[str, int]]) -> tuple[NamedSharding, ...]:
-        """As q is split, so is all."""
-        batch, heads = axes_of("q", problem)
-        spec = [*given[names.index("q")].sharding.spec, *[None] * 4]
-        found = []
-        for name, rank in of:
-            own = [None] * rank
-            for axis, of_q in zip(axes_of(name, problem), (batch, heads), strict=True):
-                if axis is not None and of_q is not None:
-                    own[axis] = spec[of_q]
-            found.append(NamedSharding(mesh, PartitionSpec(*own)))
-        return tuple(found)
+        spec = given[names.index("q")].sharding.spec
+        return tuple(NamedSharding(mesh, spec_as_q(name, rank, problem, spec)) for name, rank in of)
 
     def partition(mesh: Any, given: Sequence[Any], made: Any) -> Any:
         takes, gives = shardings(mesh, given, operands), shardings(mesh, given, results)
         at = names.index("q")
-        B, T_or_H, H_or_T, _ = takes[at].shard_shape(given[at].shape)
-        local = local_problem(problem, B, H_or_T if problem.layout == "bthd" else T_or_H)
+        local = local_problem(problem, takes[at].shard_shape(given[at].shape))
         return mesh, pass_of(local), gives, takes
 
     execute = custom_partitioning(pass_of(problem))

@@ -102,22 +102,18 @@ class _Chunkwise(torch.autograd.Function):
     jvp = staticmethod(no_forward_mode)
 
     @staticmethod
-    def forward(
-        ctx: Any, problem: Problem, backend: str, save: bool, last: bool, *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, problem: Problem, backend: str, last: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         from kernels_triton import plan
 
         env = _named(tensors)
-        program = _forward_pass(problem, save, last)
-        results = run(program, env, backend)
-        if save:
-            kept = plan.saved(problem, last)
-            saved = {name: x for name, x in (env | results).items() if name in kept or name == SAVED}
-            ctx.arguments = len(tensors)
-            ctx.problem, ctx.backend, ctx.last = problem, backend, last
-            ctx.names, ctx.places = tuple(saved), places(saved)
-            ctx.save_for_backward(*saved.values())
-            ctx.set_materialize_grads(False)
+        results = run(_forward_pass(problem, True, last), env, backend)
+        kept = plan.saved(problem, last)
+        saved = {name: x for name, x in (env | results).items() if name in kept or name == SAVED}
+        ctx.arguments = len(tensors)
+        ctx.problem, ctx.backend, ctx.last = problem, backend, last
+        ctx.names, ctx.places = tuple(saved), places(saved)
+        ctx.save_for_backward(*saved.values())
+        ctx.set_materialize_grads(False)
         return tuple([results[name] for name in _results(last)])
 
     @staticmethod
@@ -131,7 +127,7 @@ class _Chunkwise(torch.autograd.Function):
             results = differentiate(problem, ctx.backend, env, cotangents, earlier)
         results = first_only((*env.values(), *cotangents), results)
         packed = (None,) * (ctx.arguments - len(NAMES))
-        return (None, None, None, None, *(results.get(f"d{name}") for name in NAMES), *packed)
+        return (None, None, None, *(results.get(f"d{name}") for name in NAMES), *packed)
 
 
 def _results(last: bool) -> tuple[str, ...]:
@@ -158,9 +154,8 @@ def _recorded(tensors: Tensors) -> bool:
 def run_kernels(call: Call, tensors: Tensors, last: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """h and, if asked for, the last states, which may get cotangents. tensors: as `settle` gives them."""
     refuse_forward_mode(tensors)
-    save = _recorded(tensors)
-    if save:
-        h, *states = _Chunkwise.apply(call.problem, call.backend, save, last, *tensors)
+    if _recorded(tensors):
+        h, *states = _Chunkwise.apply(call.problem, call.backend, last, *tensors)
     else:  # nothing for autograd to see, whose wrapping takes as long as a launch
         results = run(_forward_pass(call.problem, False, last), _named(tensors), call.backend)
         h, *states = (results[name] for name in _results(last))

@@ -32,7 +32,8 @@ class Step:
 class Schedule:
     """The steps of a pass, and its values: addresses of inputs, of places in arenas; then `rest`.
 
-    rest: constants, and None for what a run makes. earlier: the pass that what it reads was saved by.
+    rest: constants, and None for what a run makes. earlier: the pass that what it reads was saved by; held here, since
+    a schedule is kept by that pass's id.
     """
 
     places: tuple[tuple[int, ...], ...]  # of each arena that memory is given for: the earlier pass's, then its own
