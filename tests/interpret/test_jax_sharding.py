@@ -34,11 +34,11 @@ def test_eight_devices(worker, checks):
 def test_a_device_computes_in_the_chunks_of_the_whole(monkeypatch):
     """What a pass saves is shaped by them, and the partitioner cuts it along batch and heads alone."""
     whole = problem(B=8, H=4, layout="bthd")
-    local = sharding.local_problem(whole, 2, 2)
+    local = sharding.local_problem(whole, (2, whole.T, 2, whole.K))
     assert (local.B, local.H, local.chunk_size) == (2, 2, whole.chunk_size)
     assert local.stride("q") == (local.T * 2 * local.K, local.K, 2 * local.K)
     few = configure(local)
     monkeypatch.setattr(
         sharding, "configure", lambda p: configure(p) if p.B * p.H > 8 else type(few)(**{**vars(few), "L": few.L // 2})
     )
-    assert sharding.local_problem(whole, 2, 2).chunk_size == configure(whole).L
+    assert sharding.local_problem(whole, (2, whole.T, 2, whole.K)).chunk_size == configure(whole).L
