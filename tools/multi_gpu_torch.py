@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import functools
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, distributed
@@ -158,8 +160,19 @@ def _count(place: Place) -> None:
     exchange._all_gather = gather
 
 
-def run(place: Place, store: str, timeout: datetime.timedelta) -> None:
-    """All parts."""
+def leave() -> NoReturn:
+    """Ends the process of a rank whose work is done and well.
+
+    Python's own way out can abort: gloo's threads may still drop tensors (github.com/pytorch/pytorch/issues/190489).
+    """
+    distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def run(place: Place, store: str, timeout: datetime.timedelta) -> NoReturn:
+    """All parts; does not return."""
     kind = "gloo"
     if place.device == "cuda":
         torch.cuda.set_device(place.rank)
@@ -171,4 +184,4 @@ def run(place: Place, store: str, timeout: datetime.timedelta) -> None:
     )
     for part in (_equal, _bits, _count, _scale):
         part(place)
-    distributed.destroy_process_group()
+    leave()

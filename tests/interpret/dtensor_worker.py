@@ -8,6 +8,7 @@ import torch
 from torch import distributed
 
 from frontend_torch import mlstm_chunkwise, mlstm_step
+from tools.multi_gpu_torch import leave
 
 WORLD = 4
 
@@ -115,4 +116,4 @@ def work(rank, file):
     _dtensor(mesh)
     _elsewhere(mesh)
     _fully_sharded(rank)
-    distributed.destroy_process_group()
+    leave()
