@@ -48,17 +48,17 @@ def launch_one(launch: Launch, env: dict[str, Tensor], device: torch.device) -> 
 
 
 def _compile_all(program: Pass, env: dict[str, Tensor], device: torch.device) -> list[Any]:
-    """The first run: on tensors, whose dtypes Triton needs to know. Returns the compiled kernels on their grids.
+    """The first run: on tensors, whose dtypes Triton needs to know. Returns the compiled kernels.
 
     None for a kernel that is not finished.
     """
-    runners = []
+    kernels = []
     for launch, spent in zip(program.launches, program.spent, strict=True):
         compiled = launch_one(launch, env, device)
-        runners.append(compiled[(launch.grid, 1, 1)] if hasattr(compiled, "packed_metadata") else None)
+        kernels.append(compiled if hasattr(compiled, "packed_metadata") else None)
         for name in spent:
             del env[name]
-    return runners
+    return kernels
 
 
 def _views(arena: Arena, memory: Tensor, program: Pass) -> dict[str, Tensor]:
@@ -115,9 +115,7 @@ def launch_all(
     aligned = _aligned(addresses) and (not out or _aligned([x.data_ptr() for x in out.values()]))
     with _on(device):
         if kept and aligned:
-            from triton.runtime.driver import driver
-
-            env = kept.run(addresses, memories, tensors, out, driver.active.get_current_stream(device.index))
+            env = kept.run(addresses, memories, tensors, out)
         else:
             env = {}
             whose = [(before, before.arenas[0])] if before else []
@@ -125,9 +123,9 @@ def launch_all(
             for (of, arena), memory in zip(whose, memories, strict=True):
                 env.update(_views(arena, memory, of))
             env |= dict(zip(names, given, strict=True)) | {n: x for n, x in out.items() if n in program.specs}
-            runners = _compile_all(program, env, device)
-            if aligned and None not in runners:
-                program.kept[key] = schedule(program, runners, names, before)
+            kernels = _compile_all(program, env, device)
+            if aligned and None not in kernels:
+                program.kept[key] = schedule(program, kernels, names, before)
     saved = program.arenas[0]
     results = {name: env[name] for name in program.results if name not in saved.places and name not in out}
     if saved.size:

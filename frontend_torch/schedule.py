@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
@@ -14,14 +15,32 @@ from kernels_triton.launch import Descriptor, Launch, Operand, Pass
 
 from .tensors import dtype_of
 
-Runner = Callable[..., Any]  # of a compiled kernel on a grid: takes the arguments, and the stream
+STREAM = "(stream)"  # where the stream stands among the buffers of a pass
+BEFORE = 9  # arguments of Triton's launcher before the kernel's: grid, stream, function, its metadata, three for hooks
+
+
+@functools.cache
+def _runtime() -> tuple[Any, Any]:
+    """Triton's driver and its settings at run time; only where there is a GPU."""
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    return driver, knobs.runtime
+
+
+def _watched() -> bool:
+    """Whether somebody, a profiler say, has hooked launches."""
+    settings = _runtime()[1]
+    hooks = settings.launch_enter_hook, settings.launch_exit_hook
+    return any([x is not None and getattr(x, "calls", True) for x in hooks])
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One launch: `pick` takes its arguments, constants too, from all values of the pass."""
+    """One launch: `pick` takes the launcher's arguments, constants too, from all values of the pass."""
 
-    run: Runner
+    launch: Callable[..., Any]  # Triton's launcher itself: what `compiled[grid]` does for hooks takes as long again
+    compiled: Any
     pick: Callable[[Sequence[Any]], tuple[Any, ...]]
     made: tuple[tuple[int, str, tuple[int, ...], torch.dtype], ...]  # buffers of their own: number, name, shape, dtype
     read: tuple[tuple[int, Descriptor], ...]  # descriptors to make first, by number
@@ -30,7 +49,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The steps of a pass, and its values: addresses of inputs, of places in arenas; then `rest`.
+    """The steps of a pass, and its values: addresses of inputs, of places in arenas; the stream; then `rest`.
 
     rest: constants, and None for what a run makes. earlier: the pass that what it reads was saved by; held here, since
     a schedule is kept by that pass's id.
@@ -43,21 +62,23 @@ class Schedule:
     earlier: Pass | None
 
     def run(
-        self, addresses: Sequence[int], memories: Sequence[Tensor], tensors: Mapping[str, Tensor], out: Any, stream: int
+        self, addresses: Sequence[int], memories: Sequence[Tensor], tensors: Mapping[str, Tensor], out: Any
     ) -> dict[str, Tensor]:
         """Launch; returns by name the buffers in memory of their own that are left.
 
         addresses: of the inputs; memories: of the arenas; tensors: the inputs; out: tensors for results.
         """
+        device = next(iter(tensors.values())).device
+        stream = _runtime()[0].active.get_current_stream(device.index)
+        watched = _watched()
         values: list[Any] = [*addresses]
         for memory, places in zip(memories, self.places, strict=True):
             start = memory.data_ptr()
             values += [start + place for place in places]
-        values += self.rest
+        values += (stream, *self.rest)
         for name, x in out.items():
             if name in self.numbers:
                 values[self.numbers[name]] = x.data_ptr()
-        device = next(iter(tensors.values())).device
         own: dict[str, Tensor] = {}
         for step in self.steps:
             for number, name, shape, dtype in step.made:
@@ -67,12 +88,21 @@ class Schedule:
             for number, descriptor in step.read:
                 buffer = descriptor.buffer
                 values[number] = as_descriptor(descriptor, own[buffer] if buffer in own else tensors[buffer])
-            step.run(*step.pick(values), stream=stream)
+            if watched:
+                _as_triton_does(step.compiled, *step.pick(values))
+            else:
+                step.launch(*step.pick(values))
             for number, _ in step.read:
                 values[number] = None  # it holds its tensor
             for name in step.spent:
                 own.pop(name, None)
         return own
+
+
+def _as_triton_does(compiled: Any, *arguments: Any) -> None:
+    """A launch that tells those who watch."""
+    grid, stream = arguments[:3], arguments[3]
+    compiled[grid](*arguments[BEFORE:], stream=stream)
 
 
 def as_descriptor(x: Descriptor, tensor: Tensor) -> Any:
@@ -83,7 +113,7 @@ def as_descriptor(x: Descriptor, tensor: Tensor) -> Any:
 
 
 class _Numbers:
-    """Numbers of a pass's values: of inputs and places first, of constants and what a run makes as they come."""
+    """Numbers of a pass's values: inputs, places and the stream first, constants and what a run makes as they come."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = {name: n for n, name in enumerate(names)}
@@ -112,8 +142,11 @@ class _Numbers:
         return self._constants[key]
 
 
-def _step(launch: Launch, run: Runner, own: Container[str], numbers: _Numbers, spent: tuple[str, ...]) -> Step:
+def _step(launch: Launch, compiled: Any, own: Container[str], numbers: _Numbers, spent: tuple[str, ...]) -> Step:
     """own: the buffers in memory of their own."""
+    grid = [*map(numbers.constant, (launch.grid, 1, 1))]
+    kernel = numbers.new(compiled.function), numbers.new(compiled.packed_metadata)
+    before = [*grid, numbers.names[STREAM], *kernel, *[numbers.constant(None)] * 3]
     chosen = [numbers.of(x) for x in launch.arguments]
     read = tuple((n, x) for n, x in zip(chosen, launch.arguments, strict=True) if isinstance(x, Descriptor))
     made = tuple(
@@ -121,20 +154,20 @@ def _step(launch: Launch, run: Runner, own: Container[str], numbers: _Numbers, s
         for name, spec in launch.outputs.values()
         if name in own
     )
-    pick = operator.itemgetter(*chosen, *map(numbers.constant, launch.constants))
-    return Step(run, pick, made, read, spent)
+    pick = operator.itemgetter(*before, *chosen, *map(numbers.constant, launch.constants))
+    return Step(compiled.run, compiled, pick, made, read, spent)
 
 
-def schedule(program: Pass, runners: Sequence[Runner], inputs: Sequence[str], earlier: Pass | None) -> Schedule:
+def schedule(program: Pass, kernels: Sequence[Any], inputs: Sequence[str], earlier: Pass | None) -> Schedule:
     """The schedule of a pass on compiled kernels, one for each launch.
 
     inputs: those in memory of their own; earlier: whose saved memory it reads besides.
     """
     arenas = (*([earlier.arenas[0]] if earlier else ()), *(x for x in program.arenas if x.size))
     placed = [name for arena in arenas for name in arena.places]
-    numbers = _Numbers((*inputs, *placed))
+    numbers = _Numbers((*inputs, *placed, STREAM))
     own = program.specs.keys() - set(placed)  # what takes memory of its own
-    launches = zip(program.launches, runners, program.spent, strict=True)
-    steps = tuple(_step(launch, run, own, numbers, tuple(own.intersection(spent))) for launch, run, spent in launches)
+    launches = zip(program.launches, kernels, program.spent, strict=True)
+    steps = tuple(_step(launch, x, own, numbers, tuple(own.intersection(spent))) for launch, x, spent in launches)
     places = tuple(tuple(arena.places.values()) for arena in arenas)
     return Schedule(places, tuple(numbers.rest), numbers.names, steps, earlier)

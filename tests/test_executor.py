@@ -21,9 +21,12 @@ class Compiled:
 
     def __init__(self, name, calls):
         self.name, self.calls = name, calls
+        self.function = f"function of {name}"
 
-    def __getitem__(self, grid):
-        return lambda *arguments, stream: self.calls.append((self.name, arguments))
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *arguments):
+        assert (y, z, stream, function, metadata) == (1, 1, 0, self.function, self.packed_metadata)
+        assert launch_metadata is None and enter_hook is None and exit_hook is None
+        self.calls.append((self.name, arguments))
 
 
 class Kernel:
@@ -135,7 +138,7 @@ def test_what_is_spent_is_freed(calls, monkeypatch, descriptors, backward):
             there.append(sum(x() is not None for x in made))
 
     monkeypatch.setattr(torch, "empty", watched)
-    monkeypatch.setattr(Compiled, "__getitem__", lambda self, grid: lambda *_, stream: Watching().append(0))
+    monkeypatch.setattr(Compiled, "run", lambda *_: Watching().append(0))
     program = recorded(program, calls)
     for _ in range(2):
         made.clear()

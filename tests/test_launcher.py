@@ -34,7 +34,23 @@ launches = stub_driver.launches(stub)
 for x in launches:  # where a run's own buffers lie differs from run to run
     x.update({n: x[n] if x[n] in own else "own" for n in stub_driver.FIELDS[4:]})
 kept = len(forward.kept) + len(backward.kept)
-print(json.dumps([ends, launches, kept, len(forward.launches + backward.launches)]))
+each = len(forward.launches + backward.launches)
+
+from triton import knobs
+before, after = [], []
+def enter(metadata): before.append(metadata.get()["name"])
+def leave(metadata): after.append(metadata.get()["name"])
+knobs.runtime.launch_enter_hook.add(enter)
+knobs.runtime.launch_exit_hook.add(leave)
+executor.launch_all(forward, tensors)
+knobs.runtime.launch_enter_hook.remove(enter)
+knobs.runtime.launch_exit_hook.remove(leave)
+executor.launch_all(forward, tensors)
+names = [x.kernel.fn.__name__ for x in forward.launches]
+hooked = before == names and after == names and stub.stub_count() == ends[-1] + 2 * len(names)
+again = [x["function"] for x in stub_driver.launches(stub)[ends[-1]:]]
+hooked = hooked and again == [x["function"] for x in launches[:len(names)]] * 2
+print(json.dumps([ends, launches, kept, each, hooked]))
 """
 
 
@@ -45,12 +61,13 @@ def test_a_later_run_asks_the_driver_for_the_same(tmp_path, sizes, descriptors):
     root = pathlib.Path(__file__).parents[1]
     run = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
     assert run.returncode == 0, run.stderr
-    ends, launches, kept, each = json.loads(run.stdout.splitlines()[-1])
+    ends, launches, kept, each, hooked = json.loads(run.stdout.splitlines()[-1])
     assert kept == 2 and ends == [each, 2 * each, 3 * each]
     first = launches[:each]
     assert launches[each : 2 * each] == first and launches[2 * each :] == first
     assert len({x["function"] for x in first}) == each
     assert any(x["first"] != "own" for x in first)
+    assert hooked  # who hooks launches, as profilers do, sees each once; else nobody is asked
 
 
 def test_host_time():
