@@ -43,11 +43,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"input_gate": "sigmoid", "normalize": False},
     "packed": {"packed": True, "layout": "bthd"},
     "segment": {},  # of a sequence that is split over devices
+    "many heads": {"B": 32},  # the fused kernels, where the table has any
 }
 # Those that are compiled for some targets, head dims and dtypes only, since they differ from the rest in little.
 HOPPER = ("sm_90", "128x256", "bfloat16")
 SOME = (HOPPER, *((target, "64x64", "bfloat16") for target in TARGETS))
-RARE = {"plain": (HOPPER,), "packed": SOME, "segment": (*SOME, ("sm_90", "64x64", "float32"))}
+RARE = {"plain": (HOPPER,), "packed": SOME, "segment": (*SOME, ("sm_90", "64x64", "float32")), "many heads": SOME}
 
 
 @dataclasses.dataclass
@@ -85,8 +86,9 @@ def _problem(heads: str, dtype: str, changes: dict[str, Any]) -> Any:
         "backend": "auto",
     } | changes
     packed = options.pop("packed", False)
-    tokens = (1, LONG, H) if packed else (B, H, T)
-    states = (SEQUENCES if packed else B, H)
+    batch = options.pop("B", B)
+    tokens = (1, LONG, H) if packed else (batch, H, T)
+    states = (SEQUENCES if packed else batch, H)
     shapes: dict[str, tuple[int, ...]] = {"q": (*tokens, K), "k": (*tokens, K), "v": (*tokens, V)}
     arrays = {name: ArrayInfo(shape, dtype, "") for name, shape in shapes.items()}
     shapes = {"i": tokens, "f": tokens, "c_initial": (*states, K, V), "n_initial": (*states, K), "m_initial": states}
@@ -107,7 +109,7 @@ def _passes(
             continue
         problem = dataclasses.replace(_problem(heads, dtype, changes), arch=arch, descriptors=descriptors)
         forward = plan.forward_pass(problem)
-        tokens = (1, problem.T, H) if problem.sequences else (B, H, T)
+        tokens = (1, problem.T, H) if problem.sequences else (problem.B, H, T)
         K, V = problem.K, problem.V
         known: dict[str, tuple[tuple[int, ...], str]] = {
             name: ((*tokens, D), dtype) for name, D in (("q", K), ("k", K), ("v", V), ("dh", V))
