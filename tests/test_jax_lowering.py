@@ -97,3 +97,15 @@ def test_sequence_split_over_devices():
     )
     # Before each pass what a segment adds to the state, and to its cotangent; that launch takes the normaliser along.
     assert kernels(mapped, *ARRAYS) == 3 + FORWARD + 2 + BACKWARD - 1
+
+
+def test_export_and_back():
+    """Both passes, as bytes. Whoever reads them names the platform, as the kernels are compiled for one."""
+    import jax.export
+
+    checks = [jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call")]
+    exported = jax.export.export(jax.jit(CALL), platforms=["cuda"], disabled_checks=checks)(*ARRAYS[:5])
+    again = jax.export.deserialize(exported.serialize(vjp_order=1))
+    assert again.mlir_module().count("@triton_kernel_call") == FORWARD and again.platforms == ("cuda",)
+    assert again.vjp().mlir_module().count("@triton_kernel_call") == FORWARD + BACKWARD
+    assert [x.shape for x in again.vjp().out_avals] == [x.shape for x in ARRAYS[:5]]
