@@ -101,6 +101,7 @@ class FusedBuilder(LaunchBuilder):
             BTHD=p.layout == "bthd",
             PACKED=self.packed,
             PAIRS=self.pairs,
+            AGAIN=bool(tile.variant),
             SOURCE=self.source(tile),
             **self.arithmetic,
         )

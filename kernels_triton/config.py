@@ -43,6 +43,7 @@ class Tile:
     num_warps: int
     num_stages: int
     descriptors: int = 1  # 0: by pointers even where descriptors may be had; some kernels are faster so
+    variant: int = 0  # 1: the kernel's other way, where it has one (VARIED)
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ class Config:
 
 
 FUSED = ("fused", "dfused")
+# Kernels with another way, of the same bits or nearly so; a search tries both. backward: one program has dv of two
+# tiles of tokens. dfused: what registers read is loaded once more, so that the first load can be fetched ahead.
+VARIED = ("backward", "dfused")
 TILES = tuple(x.name for x in fields(Config) if x.name not in ("L", "gates"))
 
 
@@ -95,7 +99,7 @@ def configure(problem: Problem) -> Config:
         return least if size < least else min(most, next_power_of_2(size))
 
     def tile(name: str) -> Tile:
-        BT, BS, BK, BV, num_warps, num_stages, *descriptors = entry[name]
+        BT, BS, BK, BV, num_warps, num_stages, *rest = entry[name]
         if name in ("forward", "backward") and L > entry["L"]:  # a program holds a row of scores as long as the chunk
             least = min(64, L // 4)
             BT, BS, num_warps = max(BT, least), max(BS, least), max(num_warps, L // 64)
@@ -107,7 +111,8 @@ def configure(problem: Problem) -> Config:
             BV=block(problem.V, BV),
             num_warps=num_warps,
             num_stages=num_stages,
-            descriptors=descriptors[0] if descriptors else 1,
+            descriptors=rest[0] if rest else 1,
+            variant=rest[1] if len(rest) > 1 else 0,
         )
 
     tiles = {name: tile(name) for name in TILES if name in entry}

@@ -79,6 +79,7 @@ def chunk_backward(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BS: tl.constexpr,
+    SPAN: tl.constexpr,
     UNIT: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_NORMS: tl.constexpr,
@@ -99,13 +100,14 @@ def chunk_backward(
     """
     NKT: tl.constexpr = (K + BK - 1) // BK
     NRT: tl.constexpr = L // BT
+    ROLES: tl.constexpr = 2 * NRT + NRT // SPAN + (SPAN > 1)
     pid = tl.program_id(0).to(tl.int64)
     n_chunks = chunk_count(T, sequences, L, PACKED)
     padded = n_chunks.to(tl.int64) * L
     key_tile = (pid % NKT).to(tl.int32)
-    role = ((pid // NKT) % (3 * NRT)).to(tl.int32)
-    n = ((pid // (3 * NRT * NKT)) % n_chunks).to(tl.int32)
-    head = pid // (n_chunks.to(tl.int64) * (3 * NRT * NKT))
+    role = ((pid // NKT) % ROLES).to(tl.int32)
+    n = ((pid // (ROLES * NKT)) % n_chunks).to(tl.int32)
+    head = pid // (n_chunks.to(tl.int64) * (ROLES * NKT))
 
     # All tokens are counted from the chunk's start from here on.
     t, length, end = chunk_span(chunks, n, n_chunks, T, L, PACKED)
@@ -140,12 +142,17 @@ def chunk_backward(
                 dk + o_dk, dk_row, cols + o_sums, length, key_tile, padded,
                 K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, SOURCE, SOURCE, BF16, PRECISION,
             )  # fmt: skip
-        if role == 2 * NRT + tile:
-            values_backward(
-                q_view, k_view, dh_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row, d_inverse + o_row, dstate,
-                dv + o_dv, dv_row, length, key_tile,
-                K, V, BT, BK, BV, L, BS, tile, SCALE, PAIRS, SOURCE, SOURCE, BF16, PRECISION,
-            )  # fmt: skip
-            if HAS_INNER and tile == NRT - 1:  # the program with the least to do
-                p_inner = inner + (head * NKT + key_tile) * n_chunks + n
-                _state_product(state, dstate, p_norm, p_dnorm, p_inner, key_tile, K, V, BK, BV, HAS_NORMS, SOURCE)
+        if tile % SPAN == 0:
+            if role == 2 * NRT + tile // SPAN:
+                values_backward(
+                    q_view, k_view, dh_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row, d_inverse + o_row,
+                    dstate, dv + o_dv, dv_row, length, key_tile,
+                    K, V, BT, BK, BV, L, BS, tile, SPAN, SCALE, PAIRS, SOURCE, SOURCE, BF16, PRECISION,
+                )  # fmt: skip
+                if HAS_INNER and SPAN == 1 and tile == NRT - 1:  # the program with the least to do
+                    p_inner = inner + (head * NKT + key_tile) * n_chunks + n
+                    _state_product(state, dstate, p_norm, p_dnorm, p_inner, key_tile, K, V, BK, BV, HAS_NORMS, SOURCE)
+    if HAS_INNER and SPAN > 1:
+        if role == ROLES - 1:
+            p_inner = inner + (head * NKT + key_tile) * n_chunks + n
+            _state_product(state, dstate, p_norm, p_dnorm, p_inner, key_tile, K, V, BK, BV, HAS_NORMS, SOURCE)

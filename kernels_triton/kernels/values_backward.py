@@ -1,4 +1,4 @@
-"""The gradient of one tile of values."""
+"""The gradient of one or more tiles of values."""
 
 import triton
 import triton.language as tl
@@ -25,18 +25,32 @@ def _add_scores(
     ROW: tl.constexpr,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
+    SPAN: tl.constexpr,
     SOURCE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BK keys' part of k.q, keys on the rows, against each tile; k's block too."""
-    b_k = load_tokens(k, ROW, k0, BT, K, BK, SOURCE)
+    """BK keys' part of k.q, keys on the rows, of each tile of keys against each of its tiles of queries; k's too."""
+    keys = ()
+    for x in tl.static_range(SPAN):
+        keys = keys + (load_tokens(k, ROW + x * BT, k0, BT, K, BK, SOURCE),)
     queries = ()
     for y in tl.static_range(COUNT):
         queries = queries + (load_tokens(q, (FIRST + y) * BS, k0, BS, K, BK, SOURCE),)
     updated = ()
-    for y in tl.static_range(COUNT):
-        updated = updated + (dot(b_k, tl.trans(queries[y]), scores[y], PRECISION),)
-    return updated, b_k
+    for x in tl.static_range(SPAN):
+        for y in tl.static_range(x * BT // BS, COUNT):
+            updated = updated + (dot(keys[x], tl.trans(queries[y]), scores[len(updated)], PRECISION),)
+    return updated, keys
+
+
+@triton.jit
+def _times_state(values, keys, b_dc, BF16: tl.constexpr, PRECISION: tl.constexpr):
+    """values + k dC of each tile of keys."""
+    updated = ()
+    for x in tl.static_range(len(keys)):
+        b_k = operand(keys[x], BF16, PRECISION)
+        updated = updated + (dot(b_k, operand(b_dc, BF16, PRECISION), values[x], PRECISION),)
+    return updated
 
 
 @triton.jit
@@ -51,6 +65,7 @@ def values_backward(
     L: tl.constexpr,
     BS: tl.constexpr,
     TILE: tl.constexpr,
+    SPAN: tl.constexpr,
     SCALE: tl.constexpr,
     PAIRS: tl.constexpr,
     SOURCE: tl.constexpr,
@@ -58,47 +73,66 @@ def values_backward(
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dv of the chunk's tile TILE, against its rows from there on. share: which of as many parts of V as K has tiles.
+    """dv of SPAN tiles of the chunk from TILE on, against their rows from there on, of a part of V.
 
-    Scores are computed transposed, keys on the rows, so that no product's result is ever transposed.
+    share: which of as many parts of V as K has tiles. Several tiles read dh and the state's cotangent once. Scores are
+    computed transposed, keys on the rows, so that no product's result is ever transposed.
     """
     NKT: tl.constexpr = (K + BK - 1) // BK
     SHARE: tl.constexpr = (V + BV * NKT - 1) // (BV * NKT) * BV
     FIRST: tl.constexpr = TILE * BT // BS  # tiles of rows before this one lie wholly in the past
     COUNT: tl.constexpr = L // BS - FIRST
     ROW: tl.constexpr = TILE * BT
-    t_k = ROW + tl.arange(0, BT)
-    c_hi, c_lo = load_pair(p_c, p_c_low, t_k, PAIRS)
 
-    scores = zeros_tuple(COUNT, BT, BS)
+    pairs = ()
+    scores = ()
+    for x in tl.static_range(SPAN):
+        pairs = pairs + (load_pair(p_c, p_c_low, ROW + x * BT + tl.arange(0, BT), PAIRS),)
+        scores = scores + zeros_tuple(COUNT - x * BT // BS, BT, BS)
     if NKT == 1:
-        scores, b_k = _add_scores(scores, q, k, 0, K, BT, BK, BS, ROW, FIRST, COUNT, SOURCE, PRECISION)
+        scores, keys = _add_scores(scores, q, k, 0, K, BT, BK, BS, ROW, FIRST, COUNT, SPAN, SOURCE, PRECISION)
     else:
         for k0 in range(0, K, BK):
-            scores, _ = _add_scores(scores, q, k, k0, K, BT, BK, BS, ROW, FIRST, COUNT, SOURCE, PRECISION)
-    b_alpha = exp2_difference(c_hi, c_lo, 0.0, 0.0, PAIRS)
+            scores, _ = _add_scores(scores, q, k, k0, K, BT, BK, BS, ROW, FIRST, COUNT, SPAN, SOURCE, PRECISION)
+    alphas = ()
     weighted = ()
-    for y in tl.static_range(COUNT):
-        t_q = (FIRST + y) * BS + tl.arange(0, BS)
-        a_hi, a_lo = load_pair(p_a, p_a_low, t_q, PAIRS)
-        b_d = exp2_difference(c_hi[:, None], c_lo[:, None], a_hi[None, :], a_lo[None, :], PAIRS)
-        b_s = scores[y] * b_d * (tl.load(p_inverse + t_q) * SCALE)[None, :]
-        if (FIRST + y) * BS < ROW + BT:
-            b_s = tl.where(t_q[None, :] >= t_k[:, None], b_s, 0.0)
-        weighted = weighted + (operand(b_s, BF16, PRECISION),)
+    for x in tl.static_range(SPAN):
+        t_k = ROW + x * BT + tl.arange(0, BT)
+        c_hi, c_lo = pairs[x]
+        alphas = alphas + (exp2_difference(c_hi, c_lo, 0.0, 0.0, PAIRS),)
+        for y in tl.static_range(x * BT // BS, COUNT):
+            t_q = (FIRST + y) * BS + tl.arange(0, BS)
+            a_hi, a_lo = load_pair(p_a, p_a_low, t_q, PAIRS)
+            b_d = exp2_difference(c_hi[:, None], c_lo[:, None], a_hi[None, :], a_lo[None, :], PAIRS)
+            b_s = scores[len(weighted)] * b_d * (tl.load(p_inverse + t_q) * SCALE)[None, :]
+            if (FIRST + y) * BS < ROW + x * BT + BT:
+                b_s = tl.where(t_q[None, :] >= t_k[:, None], b_s, 0.0)
+            weighted = weighted + (operand(b_s, BF16, PRECISION),)
 
     for v0 in range(share * SHARE, tl.minimum(share * SHARE + SHARE, V), BV):
-        b_dv = tl.zeros([BT, BV], tl.float32)
+        values = zeros_tuple(SPAN, BT, BV)
         if NKT == 1:
             b_dc = load_state(dstate, 0, v0, K, V, BK, BV, STATES)
-            b_dv = dot(operand(b_k, BF16, PRECISION), operand(b_dc, BF16, PRECISION), b_dv, PRECISION)
+            values = _times_state(values, keys, b_dc, BF16, PRECISION)
         else:
             for k0 in range(0, K, BK):
-                b_kk = load_tokens(k, ROW, k0, BT, K, BK, SOURCE)
+                keys = ()
+                for x in tl.static_range(SPAN):
+                    keys = keys + (load_tokens(k, ROW + x * BT, k0, BT, K, BK, SOURCE),)
                 b_dc = load_state(dstate, k0, v0, K, V, BK, BV, STATES)
-                b_dv = dot(operand(b_kk, BF16, PRECISION), operand(b_dc, BF16, PRECISION), b_dv, PRECISION)
-        b_dv *= b_alpha[:, None]
+                values = _times_state(values, keys, b_dc, BF16, PRECISION)
+        updated = ()
+        for x in tl.static_range(SPAN):
+            updated = updated + (values[x] * alphas[x][:, None],)
+        values = updated
         for y in tl.static_range(COUNT):
-            b_dh = load_tokens(dh, (FIRST + y) * BS, v0, BS, V, BV, SOURCE)
-            b_dv = dot(weighted[y], operand(b_dh, BF16, PRECISION), b_dv, PRECISION)
-        store_tokens(p_dv, b_dv, ROW, dv_row, length, v0, BT, V, BV)
+            b_dh = operand(load_tokens(dh, (FIRST + y) * BS, v0, BS, V, BV, SOURCE), BF16, PRECISION)
+            updated = ()
+            for x in tl.static_range(SPAN):
+                b_dv = values[x]
+                if y >= x * BT // BS:
+                    b_dv = dot(weighted[x * COUNT - x * (x + 1) // 2 + y], b_dh, b_dv, PRECISION)
+                updated = updated + (b_dv,)
+            values = updated
+        for x in tl.static_range(SPAN):
+            store_tokens(p_dv, values[x], ROW + x * BT, dv_row, length, v0, BT, V, BV)
