@@ -62,8 +62,8 @@ class Config:
 
 
 FUSED = ("fused", "dfused")
-# Kernels with another way, of the same bits or nearly so; a search tries both. backward: one program has dv of two
-# tiles of tokens. dfused: what registers read is loaded once more, so that the first load can be fetched ahead.
+# Kernels with another way, which a search tries too and no table takes yet. backward: one program has dv of two tiles
+# of tokens. dfused: what registers read is loaded once more, so that the first load can be fetched ahead.
 VARIED = ("backward", "dfused")
 TILES = tuple(x.name for x in fields(Config) if x.name not in ("L", "gates"))
 

@@ -96,7 +96,7 @@ def chunk_backward(
     dq_i = scale (sum_j<=i dS_ij D_ij k_j + beta_i (C dh_i / d_i + delta_i n)),
     dk_j = scale sum_i>=j dS_ij D_ij q_i + alpha_j (dC' v_j + dn'), with dS_ij = dh_i . v_j / d_i + delta_i, X = S dS,
     dv_j = sum_i>=j S_ij dh_i / d_i + alpha_j dC'^T k_j. The programs of a chunk are neighbours: they share its tiles in
-    the L2 cache.
+    the L2 cache. A program of dv takes SPAN tiles of tokens; the last one, alone if SPAN > 1, adds up <dC', C>.
     """
     NKT: tl.constexpr = (K + BK - 1) // BK
     NRT: tl.constexpr = L // BT
@@ -149,10 +149,7 @@ def chunk_backward(
                     dstate, dv + o_dv, dv_row, length, key_tile,
                     K, V, BT, BK, BV, L, BS, tile, SPAN, SCALE, PAIRS, SOURCE, SOURCE, BF16, PRECISION,
                 )  # fmt: skip
-                if HAS_INNER and SPAN == 1 and tile == NRT - 1:  # the program with the least to do
-                    p_inner = inner + (head * NKT + key_tile) * n_chunks + n
-                    _state_product(state, dstate, p_norm, p_dnorm, p_inner, key_tile, K, V, BK, BV, HAS_NORMS, SOURCE)
-    if HAS_INNER and SPAN > 1:
-        if role == ROLES - 1:
+    if HAS_INNER:
+        if role == ROLES - 1:  # the program with the least to do
             p_inner = inner + (head * NKT + key_tile) * n_chunks + n
             _state_product(state, dstate, p_norm, p_dnorm, p_inner, key_tile, K, V, BK, BV, HAS_NORMS, SOURCE)

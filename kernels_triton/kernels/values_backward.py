@@ -38,7 +38,7 @@ def _add_scores(
         queries = queries + (load_tokens(q, (FIRST + y) * BS, k0, BS, K, BK, SOURCE),)
     updated = ()
     for x in tl.static_range(SPAN):
-        for y in tl.static_range(x * BT // BS, COUNT):
+        for y in tl.static_range(x, COUNT):
             updated = updated + (dot(keys[x], tl.trans(queries[y]), scores[len(updated)], PRECISION),)
     return updated, keys
 
@@ -75,8 +75,8 @@ def values_backward(
 ):  # fmt: skip
     """dv of SPAN tiles of the chunk from TILE on, against their rows from there on, of a part of V.
 
-    share: which of as many parts of V as K has tiles. Several tiles read dh and the state's cotangent once. Scores are
-    computed transposed, keys on the rows, so that no product's result is ever transposed.
+    share: which of as many parts of V as K has tiles. Several tiles read dh and the state's cotangent once, and take
+    BS = BT. Scores are computed transposed, keys on the rows, so that no product's result is ever transposed.
     """
     NKT: tl.constexpr = (K + BK - 1) // BK
     SHARE: tl.constexpr = (V + BV * NKT - 1) // (BV * NKT) * BV
@@ -88,7 +88,7 @@ def values_backward(
     scores = ()
     for x in tl.static_range(SPAN):
         pairs = pairs + (load_pair(p_c, p_c_low, ROW + x * BT + tl.arange(0, BT), PAIRS),)
-        scores = scores + zeros_tuple(COUNT - x * BT // BS, BT, BS)
+        scores = scores + zeros_tuple(COUNT - x, BT, BS)
     if NKT == 1:
         scores, keys = _add_scores(scores, q, k, 0, K, BT, BK, BS, ROW, FIRST, COUNT, SPAN, SOURCE, PRECISION)
     else:
@@ -100,7 +100,7 @@ def values_backward(
         t_k = ROW + x * BT + tl.arange(0, BT)
         c_hi, c_lo = pairs[x]
         alphas = alphas + (exp2_difference(c_hi, c_lo, 0.0, 0.0, PAIRS),)
-        for y in tl.static_range(x * BT // BS, COUNT):
+        for y in tl.static_range(x, COUNT):
             t_q = (FIRST + y) * BS + tl.arange(0, BS)
             a_hi, a_lo = load_pair(p_a, p_a_low, t_q, PAIRS)
             b_d = exp2_difference(c_hi[:, None], c_lo[:, None], a_hi[None, :], a_lo[None, :], PAIRS)
@@ -130,7 +130,7 @@ def values_backward(
             updated = ()
             for x in tl.static_range(SPAN):
                 b_dv = values[x]
-                if y >= x * BT // BS:
+                if y >= x:  # before tile x there are COUNT, COUNT - 1, ... weights
                     b_dv = dot(weighted[x * COUNT - x * (x + 1) // 2 + y], b_dh, b_dv, PRECISION)
                 updated = updated + (b_dv,)
             values = updated
