@@ -276,8 +276,8 @@ def _truth_of_each(case: Case, arrays: Arrays, device: str, normalizer_grad: str
     return joined
 
 
-def _with_roundings(case: Case, arrays: Arrays) -> tuple[Case, Arrays]:
-    """The case with a batch of ROUNDINGS copies, whose operands carry random relative errors of a rounding's size."""
+def _with_roundings(case: Case, arrays: Arrays, device: str) -> list[Arrays]:
+    """The truth of ROUNDINGS copies of the inputs, whose operands carry random relative errors of a rounding's size."""
     rng = np.random.default_rng(0)
     half = case.dtype != "float32"
     products = ROUNDOFF["tf32" if not half and case.precision == "tf32" else case.dtype]
@@ -288,16 +288,23 @@ def _with_roundings(case: Case, arrays: Arrays) -> tuple[Case, Arrays]:
         wide = np.concatenate([x.astype(np.float64)] * ROUNDINGS)
         wide *= 1 + ROUNDING_RMS * sizes.get(name, 0.0) * rng.standard_normal(wide.shape)
         copies[name] = wide
-    return dataclasses.replace(case, B=case.B * ROUNDINGS), copies
+    # As one batch where a token takes a step of its own; one by one where they are long, for the memory that takes.
+    parts = 1 if case.T <= RECURRENT_UP_TO else ROUNDINGS
+    batches = {name: np.split(x, parts) for name, x in copies.items()}
+    batch = dataclasses.replace(case, B=case.B * ROUNDINGS // parts)
+    found = [truth(batch, {name: x[n] for name, x in batches.items()}, device) for n in range(parts)]
+    whole = {name: np.concatenate([results[name] for results in found]) for name in found[0]}
+    draws = {name: np.split(x, ROUNDINGS) for name, x in whole.items()}
+    return [{name: x[n] for name, x in draws.items()} for n in range(ROUNDINGS)]
 
 
 def tolerances(case: Case, arrays: Arrays, exact: Arrays, device: str) -> dict[str, float]:
     """The tolerance on every tensor's error, as the module's docstring defines it."""
     plain = run_torch(frontend("torch", case.form), case.options() | {"backend": "reference"}, case, arrays, device)
-    rounded = truth(*_with_roundings(case, arrays), device)
+    rounded = _with_roundings(case, arrays, device)
     found = {}
     for name, x in exact.items():
-        draws = np.split(rounded[name].astype(plain[name].dtype), ROUNDINGS)
+        draws = [results[name].astype(plain[name].dtype) for results in rounded]
         once_more = float(np.sqrt(np.mean([frobenius_error(y, x) ** 2 for y in draws])))
         found[name] = FACTOR * max(frobenius_error(plain[name], x), once_more) + FLOOR
     return found

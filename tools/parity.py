@@ -64,7 +64,8 @@ def prepare(device: str) -> None:
         os.environ.update(TRITON_INTERPRET="1", JAX_PLATFORMS="cpu")
     else:
         os.environ.pop("TRITON_INTERPRET", None)
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory of the same GPU
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch and other cases need memory there too,
+        os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")  # and get back what JAX is done with
         os.environ.setdefault("MLSTM_DESCRIPTORS", "1")  # in PyTorch for short cases too: JAX has pointers alone
 
 
@@ -83,6 +84,10 @@ def check_case(case: Case, *, backend: str = "interpret", device: str = "cpu", s
     for _ in range(RERUNS[device]):
         again = compare.run_torch(compare.frontend("torch", case.form), options, case, arrays, device)
         moved |= {name for name, x in again.items() if not compare.identical(x, results["torch"][name])}
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()  # for the cases beside it
     note = f"other bits in another run: {', '.join(sorted(moved))}" if moved else ""
     status = "ok" if all(row.ok for row in rows) and not moved else "FAILED"
     return Result(case, status, tuple(rows), note, time.perf_counter() - start)
