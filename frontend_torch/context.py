@@ -19,11 +19,11 @@ from kernels_triton.validation import check_call, no_packed_segments
 
 from . import library
 from .adapter import refuse_forward_mode
-from .calls import NAMES, Tensors
+from .calls import NAMES, RESULTS, Tensors, settle
 from .operator import States, apply
 from .reference import run_reference
 from .registry import is_transformed
-from .segments import OPTIONS, Segments, segment
+from .segments import OPTIONS, Segments, compute, segment
 from .tensors import describe, platform_of
 
 
@@ -91,10 +91,14 @@ def _by_reference(problem: Problem, segments: Segments, tensors: Tensors, last: 
     return h, tuple(states)
 
 
-def _by_kernels(options: dict[str, Any], tensors: Tensors, last: bool) -> tuple[Tensor, Any]:
+def _by_kernels(options: dict[str, Any], group: ProcessGroup, tensors: Tensors, last: bool) -> tuple[Tensor, Any]:
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    h, *results = segment(*tensors, *(options[name] for name in OPTIONS), save, last)
-    return h, tuple(results[:3])
+    if not save and library.is_plain(tensors):  # nothing to record, and nobody to see it: the registry takes longer
+        results = compute(*settle(tensors, options), Segments.of(group), save=False, last=last)
+        return results["h"], tuple(results[name] for name in RESULTS[1:]) if last else ()
+    given = options | {"group": group.group_name}
+    h, *saved = segment(*tensors, *(given[name] for name in OPTIONS), save, last)
+    return h, tuple(saved[:3])
 
 
 def _before_the_first(problem: Problem, q: Tensor) -> tuple[Tensor, ...]:
@@ -179,8 +183,7 @@ def mlstm_context_parallel(
     else:
         _check_plain(tensors)
         tensors = (*library.autocast(tensors[:3]), *tensors[3:])
-        problem = check_call({name: describe(name, x) for name, x in zip(NAMES, tensors, strict=True)}, **options)
-        used = choose_backend(backend, platform_of(q))
+        problem, used = _checked(tensors, options)
         if c_initial is None:
             tensors = (*tensors[:5], *_before_the_first(problem, q))
         if used == "reference":
@@ -188,9 +191,17 @@ def mlstm_context_parallel(
             h, last = _by_reference(problem, Segments.of(processes), tensors, return_last_states)
         else:
             refuse_forward_mode(tensors)
-            given = options | {"backend": used, "group": processes.group_name}
-            h, last = _by_kernels(given, tensors, return_last_states)
+            h, last = _by_kernels(options | {"backend": used}, processes, tensors, return_last_states)
     return (h, last) if return_last_states else h
+
+
+def _checked(tensors: Tensors, options: dict[str, Any]) -> tuple[Problem, str]:
+    """The problem and the backend; where nobody compiles, kept for calls alike."""
+    if not torch.compiler.is_compiling():
+        call, _ = settle(tensors, options)
+        return call.problem, call.backend
+    problem = check_call({name: describe(name, x) for name, x in zip(NAMES, tensors, strict=True)}, **options)
+    return problem, choose_backend(options["backend"], platform_of(tensors[0]))
 
 
 def _check_plain(tensors: Tensors) -> None:

@@ -18,7 +18,7 @@ from kernels_triton.problem import Problem
 from kernels_triton.validation import check_call
 
 from .adapter import readable_cotangent
-from .calls import NAMES, RESULTS, Tensors, is_transposed, settle
+from .calls import NAMES, RESULTS, Call, Tensors, is_transposed, settle
 from .executor import run
 from .registry import COTANGENTS, GRADIENTS, SAVED, empty, library, like, register, schema, twice
 from .registry import OPTIONS as SHARED_OPTIONS
@@ -93,13 +93,11 @@ def _handed_on(results: Mapping[str, Tensor], q: Tensor, layout: str) -> tuple[T
     return tuple(results[x] if x in results else empty(q, layout) for x in (*RESULTS, *KEPT))
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+def compute(call: Call, tensors: Tensors, segments: Segments, save: bool, last: bool) -> dict[str, Tensor]:
+    """h, what is saved, and with `last` the whole sequence's last states, by name. call, tensors: as `settle` gives."""
     from kernels_triton import plan
 
-    given, options, group = _named(arguments)
-    save, last = arguments[-2:]
-    call, tensors = settle(given, options)
-    segments, problem = _segments(group), call.problem
+    problem = call.problem
     env = {name: x for name, x in zip(NAMES, tensors, strict=True) if x is not None}
     nothing = torch.full_like(env["m_initial"], context.NO_STABILISER)
     own = run(plan.segment_state(problem), env | {"m_initial": nothing}, call.backend)
@@ -116,7 +114,19 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         results |= dict(zip((*OWN, *BEFORE, "decays"), (*own_last, *before, decays.contiguous()), strict=True))
     if last:
         results |= dict(zip(RESULTS[1:], segments.from_last(*own_last), strict=True))
-    return _handed_on(results, env["q"], options["layout"])
+    return results
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    given, options, group = _named(arguments)
+    save, last = arguments[-2:]
+    call, tensors = settle(given, options)
+    results = compute(call, tensors, _segments(group), save, last)
+    if save and not _segments(group).index:  # the state before segment 0 is an argument: results have their own memory
+        results |= dict(zip(BEFORE, _apart(*(results[name] for name in BEFORE)), strict=True))
+    q = given[0]
+    assert q is not None
+    return _handed_on(results, q, options["layout"])
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:

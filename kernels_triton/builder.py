@@ -189,7 +189,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 "cols": ("col_sums", sums),
                 "inner": ("inner", Spec((p.B, p.H, tiles, self.NT), "float32")),
             },
-            self.heads * self.NT * (2 * rows + rows // span + (span > 1)) * tiles,  # dq, dk, dv, perhaps inner
+            self.heads * self.NT * (2 * rows + rows // span) * tiles,  # dq, dk, dv
             tile,
             "BT BS BK BV",
             SPAN=span,

@@ -50,21 +50,35 @@ def unpack(packed: Array, K: int, V: int) -> tuple[Array, Array, tuple[Array, ..
     return c, n, tuple(packed[..., x] for x in range(K * V + K, packed.shape[-1]))
 
 
-def _segments(gathered: Array) -> Array:
-    """The segments' numbers, 0 to P - 1."""
-    xp = array_api_compat.array_namespace(gathered)
-    on = {"device": array_api_compat.device(gathered)} if array_api_compat.is_torch_array(gathered) else {}
-    return xp.arange(gathered.shape[0], **on)
-
-
-def _where(condition: Array, x: Array, other: float) -> Array:
-    """x where the condition, on x's first axes, holds."""
+def _where(counts: Array | None, x: Array, other: float) -> Array:
+    """x where `counts`, on x's first axes, holds; all of it where that is None."""
+    if counts is None:
+        return x
     xp = array_api_compat.array_namespace(x)
-    condition = xp.reshape(condition, (*condition.shape, *(1,) * (len(x.shape) - len(condition.shape))))
-    return xp.where(condition, x, xp.asarray(other, dtype=x.dtype))
+    counts = xp.reshape(counts, (*counts.shape, *(1,) * (len(x.shape) - len(counts.shape))))
+    return xp.where(counts, x, other)
 
 
-def _sum(counts: Array, exponents: Array, x: Array) -> Array:
+def _select(index: Any, before: bool, decays: Array, *arrays: Array) -> tuple[Array | None, Array, list[Array]]:
+    """Of the segments before `index`, or those after it: which count, the sums of log f from there to it, the arrays.
+
+    Where the host knows the index, of those segments alone, and all count: few small operations in place of many.
+    """
+    xp = array_api_compat.array_namespace(decays)
+    if not isinstance(index, int):
+        o = xp.arange(decays.shape[0])
+        counts = o < index if before else o > index
+        nearer = o[:, None] < o[None, :] if before else o[None, :] < o[:, None]
+        return counts, xp.sum(_where(counts[None, :] & nearer, decays[None], 0.0), axis=1), list(arrays)
+    part = slice(index) if before else slice(index + 1, None)
+    step = -1 if before else 1
+    between = [xp.zeros_like(decays[0])]
+    for x in [*decays[part]][::step][:-1]:
+        between.append(between[-1] + x)
+    return None, xp.stack(between[::step]), [x[part] for x in arrays]
+
+
+def _sum(counts: Array | None, exponents: Array, x: Array) -> Array:
     """The sum over segments, weighted; those that do not count add nothing, whatever they hold."""
     xp = array_api_compat.array_namespace(x)
     weights = xp.exp(_where(counts, exponents, NO_STABILISER))
@@ -85,14 +99,14 @@ def state_before(problem: Problem, gathered: Array, first: State, index: Any) ->
     """
     xp = array_api_compat.array_namespace(gathered)
     c_own, n_own, (m_own, decays) = unpack(gathered, problem.K, problem.V)
+    if isinstance(index, int) and index == 0:
+        return first, decays
     c, n, m = first
-    o = _segments(gathered)
-    earlier = o < index
-    between = earlier[None, :] & (o[:, None] < o[None, :])
-    exponents = m_own + xp.sum(_where(between, decays[None], 0.0), axis=1)
-    start = m + xp.sum(_where(earlier, decays, 0.0), axis=0)
+    earlier, between, (c_own, n_own, m_own, passed) = _select(index, True, decays, c_own, n_own, m_own, decays)
+    exponents = m_own + between
+    start = m + xp.sum(_where(earlier, passed, 0.0), axis=0)
     if problem.input_gate == "sigmoid":  # without stabiliser, but for the given one of the initial state
-        highest = xp.where(earlier[0], xp.zeros_like(m), m)
+        highest = xp.zeros_like(m) if earlier is None else xp.where(earlier[0], xp.zeros_like(m), m)
     else:
         highest = xp.maximum(start, xp.max(_where(earlier, exponents, NO_STABILISER), axis=0))
     keep = xp.exp(start - highest)
@@ -130,14 +144,15 @@ def cotangent_after(
     """
     xp = array_api_compat.array_namespace(gathered)
     dc, dn, (m_initial, rho, passes) = unpack(gathered, problem.K, problem.V)
-    o = _segments(gathered)
-    later = o > index
-    between = later[None, :] & (o[None, :] < o[:, None])
-    exponents = m_last - m_initial + xp.sum(_where(between, decays[None], 0.0), axis=1)
+    if isinstance(index, int) and index == gathered.shape[0] - 1:
+        return own or (xp.zeros_like(dc[0]), xp.zeros_like(dn[0]), None)
+    # A remainder comes from a segment if each from there to this one lets it pass: it goes by counts as decays do.
+    stops = 1.0 - passes
+    later, between, (dc, dn, m_initial, rho, own_stops) = _select(index, False, decays, dc, dn, m_initial, rho, stops)
+    exponents = m_last - m_initial + between
     dc, dn = _sum(later, exponents, dc), _sum(later, exponents, dn)
     if own is None:
         return dc, dn, None
-    through = later[None, :] & (o[None, :] <= o[:, None])
-    stopped = xp.sum(_where(through, 1.0 - passes[None], 0.0), axis=1)
+    stopped = _select(index, False, stops)[1] + own_stops
     reached = xp.where(stopped > 0, xp.zeros_like(rho), rho)
     return own[0] + dc, own[1] + dn, own[2] + xp.sum(_where(later, reached, 0.0), axis=0)

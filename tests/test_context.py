@@ -104,19 +104,46 @@ def test_jax_alone_is_the_operator():
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_what_a_later_segment_holds_does_not_matter():
+@pytest.mark.parametrize("number", [int, np.int64], ids=["known to the host", "an array's"])
+def test_what_a_later_segment_holds_does_not_matter(number):
     """NaN or a state beyond all measure: no weight, no trace."""
     p, P, head = problem(B=1, H=2, K=3, V=4), 3, (1, 2)
     rng = np.random.default_rng(0)
     own = rng.standard_normal((P, *head, 3 * 4 + 3 + 2)).astype(np.float32)
     first = tuple(rng.standard_normal((*head, *dims)).astype(np.float32) for dims in ((3, 4), (3,), ()))
-    states = [context.state_before(p, own, first, index)[0] for index in range(P)]
+    states = [context.state_before(p, own, first, number(index))[0] for index in range(P)]
     for x, y in zip(states[0], first, strict=True):
         np.testing.assert_array_equal(x, y)
     own[1:] = np.nan
-    for x, y in zip(context.state_before(p, own, first, 1)[0], states[1], strict=True):
+    for x, y in zip(context.state_before(p, own, first, number(1))[0], states[1], strict=True):
         np.testing.assert_array_equal(x, y)
-    assert np.isnan(context.state_before(p, own, first, 2)[0][0]).all()
+    assert np.isnan(context.state_before(p, own, first, number(2))[0][0]).all()
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["h alone", "states"])
+@pytest.mark.parametrize("input_gate", ["exponential", "sigmoid"])
+def test_an_index_the_host_knows_gives_the_same(input_gate, last):
+    """Sums in another order, over the segments that count alone."""
+    p, P, head = problem(B=1, H=2, K=3, V=4, input_gate=input_gate), 5, (1, 2)
+    rng = np.random.default_rng(1)
+
+    def draw(*dims):
+        return rng.standard_normal((*dims,)).astype(np.float32)
+
+    first = draw(*head, 3, 4), draw(*head, 3), draw(*head)
+    forward, backward = draw(P, *head, 3 * 4 + 3 + 2), draw(P, *head, 3 * 4 + 3 + 3)
+    backward[..., -1] = rng.integers(0, 2, (P, *head))
+    own = (draw(*head, 3, 4), draw(*head, 3), draw(*head)) if last else None
+    for index in range(P):
+        states = [context.state_before(p, forward, first, number(index)) for number in (int, np.int64)]
+        decays = states[0][1]
+        cotangents = [
+            context.cotangent_after(p, backward, decays, draw(*head) * 0 - 1, own, number(index))
+            for number in (int, np.int64)
+        ]
+        for x, y in (states, cotangents):
+            for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_small_decays_after_large_ones():
@@ -125,5 +152,6 @@ def test_small_decays_after_large_ones():
     own = np.zeros((4, 1, 1, 4), np.float32)
     own[1, ..., 0], own[:, 0, 0, 3] = 1.0, (-1e7, -1e7, -0.3, -0.4)
     zeros = tuple(np.zeros((1, 1, *dims), np.float32) for dims in ((1, 1), (1,), ()))
-    (c, _, m), _ = context.state_before(p, own, zeros, 3)
-    np.testing.assert_allclose(c * np.exp(m), np.exp(-0.3), rtol=1e-6)
+    for index in (3, np.int64(3)):
+        (c, _, m), _ = context.state_before(p, own, zeros, index)
+        np.testing.assert_allclose(c * np.exp(m), np.exp(-0.3), rtol=1e-6)

@@ -148,8 +148,8 @@ def fused_backward(
         )  # fmt: skip
         values_backward(
             (b_q,), (b_k,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row, d_inverse + o_row, (b_state,),
-            dv + o_dv, dv_row, t_end - t, 0,
-            K, V, L, BK, BV, L, L, 0, 1, SCALE, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
+            (b_c,), dv + o_dv, dv_row, t_end - t, 0,
+            K, V, L, BK, BV, L, L, 0, 1, SCALE, False, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         b_w = tl.load(state_inverse + o_row + tl.arange(0, L))
         # q again: a tile that is used from registers too would not be fetched ahead for the products above.
