@@ -57,6 +57,23 @@ class _Gather(torch.autograd.Function):
         return None, gradient[ctx.segments.index]
 
 
+class _After(torch.autograd.Function):
+    """The states before this segment, as they are, after the gathering: the first segment's do not depend on it.
+
+    So each process comes to the exchange backward, and none waits for one that does not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gathered: Tensor, *before: Tensor) -> tuple[Tensor, ...]:
+        ctx.like = gathered.new_empty(()), gathered.shape
+        return tuple(x.view_as(x) for x in before)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        x, shape = ctx.like
+        return x.new_zeros(shape), *cotangents
+
+
 class _Last(torch.autograd.Function):
     """h, and the last segment's last states for all. Their cotangents are the sum of all processes' cotangents.
 
@@ -85,7 +102,7 @@ def _by_reference(problem: Problem, segments: Segments, tensors: Tensors, last: 
     decay = log_sigmoid(torch, f.to(torch.float32)).sum(tokens)
     gathered = _Gather.apply(segments, context.pack(*own, decay))
     before, _ = context.state_before(problem, gathered, (c, n, m), segments.index)
-    h, states = run_reference(problem, (q, k, v, i, f, *before))
+    h, states = run_reference(problem, (q, k, v, i, f, *_After.apply(gathered, *before)))
     if last:
         h, *states = _Last.apply(segments, h, *states)
     return h, tuple(states)
@@ -200,8 +217,10 @@ def _checked(tensors: Tensors, options: dict[str, Any]) -> tuple[Problem, str]:
     if not torch.compiler.is_compiling():
         call, _ = settle(tensors, options)
         return call.problem, call.backend
+    q = tensors[0]
+    assert q is not None
     problem = check_call({name: describe(name, x) for name, x in zip(NAMES, tensors, strict=True)}, **options)
-    return problem, choose_backend(options["backend"], platform_of(tensors[0]))
+    return problem, choose_backend(options["backend"], platform_of(q))
 
 
 def _check_plain(tensors: Tensors) -> None:

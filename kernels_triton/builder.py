@@ -167,7 +167,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
         tokens, unit = self._tokens(tile, ("q", "q"), ("k", "k"), ("v", "v"), ("dh", "dh"))
         tiles = cdiv(p.K, tile.BK)
         rows = self.L // tile.BT
-        span = 2 if tile.variant and rows % 2 == 0 and tile.BS == tile.BT else 1
+        span = tile.span if rows % tile.span == 0 and tile.BS == tile.BT else 1
         sums = Spec((p.B, p.H, 2 * tiles, self.NT * self.L), "float32")
         return self._launch(
             chunk_backward,
@@ -189,7 +189,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 "cols": ("col_sums", sums),
                 "inner": ("inner", Spec((p.B, p.H, tiles, self.NT), "float32")),
             },
-            self.heads * self.NT * (2 * rows + rows // span) * tiles,  # dq, dk, dv
+            self.heads * self.NT * (2 * rows + rows // span + (span > 1)) * tiles,  # dq, dk, dv, perhaps inner
             tile,
             "BT BS BK BV",
             SPAN=span,

@@ -101,7 +101,6 @@ class FusedBuilder(LaunchBuilder):
             BTHD=p.layout == "bthd",
             PACKED=self.packed,
             PAIRS=self.pairs,
-            AGAIN=bool(tile.variant),
             SOURCE=self.source(tile),
             **self.arithmetic,
         )

@@ -43,7 +43,7 @@ class Tile:
     num_warps: int
     num_stages: int
     descriptors: int = 1  # 0: by pointers even where descriptors may be had; some kernels are faster so
-    variant: int = 0  # 1: the kernel's other way, where it has one (VARIED)
+    span: int = 1  # backward: tiles of BT tokens that a program has dv of, 1 or 2
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,6 @@ class Config:
 
 
 FUSED = ("fused", "dfused")
-# Kernels with another way, which a search tries too and no table takes yet. backward: one program has dv of two tiles
-# of tokens. dfused: what registers read is loaded once more, so that the first load can be fetched ahead.
-VARIED = ("backward", "dfused")
 TILES = tuple(x.name for x in fields(Config) if x.name not in ("L", "gates"))
 
 
@@ -100,10 +97,12 @@ def configure(problem: Problem) -> Config:
 
     def tile(name: str) -> Tile:
         BT, BS, BK, BV, num_warps, num_stages, *rest = entry[name]
+        descriptors = rest[0] if rest else 1
+        span = rest[1] if len(rest) > 1 else 1
         if name in ("forward", "backward") and L > entry["L"]:  # a program holds a row of scores as long as the chunk
             least = min(64, L // 4)
             BT, BS, num_warps = max(BT, least), max(BS, least), max(num_warps, L // 64)
-            num_stages = 1 if L > LONGEST_CHUNK else num_stages
+            num_stages, span = 1 if L > LONGEST_CHUNK else num_stages, 1
         return Tile(
             BT=min(BT, L),
             BS=min(BS, L),
@@ -111,8 +110,8 @@ def configure(problem: Problem) -> Config:
             BV=block(problem.V, BV),
             num_warps=num_warps,
             num_stages=num_stages,
-            descriptors=rest[0] if rest else 1,
-            variant=rest[1] if len(rest) > 1 else 0,
+            descriptors=descriptors,
+            span=span,
         )
 
     tiles = {name: tile(name) for name in TILES if name in entry}

@@ -142,7 +142,7 @@ def write(path: Path, shape: Shape, name: str, chosen: dict[str, tuple[int, ...]
 
 def table(shape: Shape, field: str, found: list[Found]) -> Table:
     result = Table(title=f"{shape.name} {shape.sizes}: {field}")
-    for name in ("BT", "BS", "BK", "BV", "warps", "stages", "TMA", "variant", "spills", "shared", "ms", ""):
+    for name in ("BT", "BS", "BK", "BV", "warps", "stages", "TMA", "span", "spills", "shared", "ms", ""):
         result.add_column(name, justify="right")
     for x in found:
         ms = "" if x.ms is None else f"{x.ms:.3f}"

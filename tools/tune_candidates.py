@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from kernels_triton.config import FUSED, TILES, VARIED, Config, Tile, next_power_of_2
+from kernels_triton.config import FUSED, TILES, Config, Tile, next_power_of_2
 
 # Per kernel: BT, BK, BV, num_warps, num_stages. A scan takes whole chunks or parts; BS is BT where it counts at all.
 BLOCKS: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -38,7 +38,7 @@ def valid(field: str, tile: Tile, config: Config, K: int, V: int) -> bool:
         return False
     if field in ("forward", "backward") and config.L // tile.BT > 4:
         return False
-    if field == "backward" and tile.variant and config.L == tile.BT:  # there are no two tiles
+    if config.L // tile.BT % tile.span:  # there are no two tiles
         return False
     return field not in FUSED or (tile.BT == config.L and tile.BK >= K and tile.BV >= V)
 
@@ -50,10 +50,10 @@ def candidates(field: str, config: Config, K: int, V: int, descriptors: bool = F
         return
     yield present
     sources = (1, 0) if descriptors and field != "normaliser" else (1,)
-    variants = (0, 1) if field in VARIED else (0,)
-    for BT, BK, BV, num_warps, num_stages, source, variant in itertools.product(*BLOCKS[field], sources, variants):
+    spans = (1, 2) if field == "backward" else (1,)
+    for BT, BK, BV, num_warps, num_stages, source, span in itertools.product(*BLOCKS[field], sources, spans):
         BS = BT if field in ("forward", "backward", *FUSED) else present.BS
-        tile = Tile(BT, BS, BK, BV, num_warps, num_stages, source, variant)
+        tile = Tile(BT, BS, BK, BV, num_warps, num_stages, source, span)
         if tile != present and valid(field, tile, config, K, V):
             yield tile
 

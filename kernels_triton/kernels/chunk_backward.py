@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .common import (
     contiguous_rows,
+    load_state,
     load_vector,
     state_view,
     token_view,
@@ -13,6 +14,29 @@ from .keys_backward import keys_backward
 from .packing import chunk_count, chunk_span
 from .queries_backward import queries_backward
 from .values_backward import values_backward
+
+
+@triton.jit
+def _state_product(
+    state, dstate, p_norm, p_dnorm, p_inner, key_tile,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+    SOURCE: tl.constexpr,
+):  # fmt: skip
+    """<dC', C> + dn' . n over BK keys."""
+    k_first = key_tile * BK
+    o_k = k_first + tl.arange(0, BK)
+    b_sum = tl.zeros([BK, BV], tl.float32)
+    for v0 in tl.range(0, V, BV, num_stages=3):
+        b_c = load_state(state, k_first, v0, K, V, BK, BV, SOURCE).to(tl.float32)
+        b_sum += b_c * load_state(dstate, k_first, v0, K, V, BK, BV, SOURCE).to(tl.float32)
+    b_sum = tl.sum(b_sum, 1)
+    if HAS_NORMS:
+        b_sum += load_vector(p_norm, o_k, K, BK) * load_vector(p_dnorm, o_k, K, BK)
+    tl.store(p_inner, tl.sum(b_sum, 0))
 
 
 @triton.jit(
@@ -72,11 +96,11 @@ def chunk_backward(
     dq_i = scale (sum_j<=i dS_ij D_ij k_j + beta_i (C dh_i / d_i + delta_i n)),
     dk_j = scale sum_i>=j dS_ij D_ij q_i + alpha_j (dC' v_j + dn'), with dS_ij = dh_i . v_j / d_i + delta_i, X = S dS,
     dv_j = sum_i>=j S_ij dh_i / d_i + alpha_j dC'^T k_j. The programs of a chunk are neighbours: they share its tiles in
-    the L2 cache. A program of dv takes SPAN tiles of tokens; the last one also adds up <dC', C>.
+    the L2 cache. A program of dv takes SPAN tiles of tokens; the last one, alone if SPAN > 1, adds up <dC', C>.
     """
     NKT: tl.constexpr = (K + BK - 1) // BK
     NRT: tl.constexpr = L // BT
-    ROLES: tl.constexpr = 2 * NRT + NRT // SPAN
+    ROLES: tl.constexpr = 2 * NRT + NRT // SPAN + (SPAN > 1)
     pid = tl.program_id(0).to(tl.int64)
     n_chunks = chunk_count(T, sequences, L, PACKED)
     padded = n_chunks.to(tl.int64) * L
@@ -120,14 +144,12 @@ def chunk_backward(
             )  # fmt: skip
         if tile % SPAN == 0:
             if role == 2 * NRT + tile // SPAN:
-                product = values_backward(
+                values_backward(
                     q_view, k_view, dh_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row, d_inverse + o_row,
-                    dstate, state, dv + o_dv, dv_row, length, key_tile,
-                    K, V, BT, BK, BV, L, BS, tile, SPAN, SCALE, HAS_INNER and tile + SPAN == NRT, PAIRS, SOURCE, SOURCE,
-                    BF16, PRECISION,
+                    dstate, dv + o_dv, dv_row, length, key_tile,
+                    K, V, BT, BK, BV, L, BS, tile, SPAN, SCALE, PAIRS, SOURCE, SOURCE, BF16, PRECISION,
                 )  # fmt: skip
-                if HAS_INNER and tile + SPAN == NRT:  # the program with the least to do
-                    if HAS_NORMS:
-                        o_k = key_tile * BK + tl.arange(0, BK)
-                        product += tl.sum(load_vector(p_norm, o_k, K, BK) * load_vector(p_dnorm, o_k, K, BK), 0)
-                    tl.store(inner + (head * NKT + key_tile) * n_chunks + n, product)
+    if HAS_INNER:
+        if role == ROLES - 1:  # the program with the least to do
+            p_inner = inner + (head * NKT + key_tile) * n_chunks + n
+            _state_product(state, dstate, p_norm, p_dnorm, p_inner, key_tile, K, V, BK, BV, HAS_NORMS, SOURCE)

@@ -77,15 +77,11 @@ def fused_backward(
     BTHD: tl.constexpr,
     PACKED: tl.constexpr,
     PAIRS: tl.constexpr,
-    AGAIN: tl.constexpr,
     SOURCE: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per head (and packed sequence), from the last chunk to the first; BK and BV cover K and V.
-
-    AGAIN: a tile that registers read too is loaded again for them, since it would not be fetched ahead otherwise.
-    """
+    """One program per head (and packed sequence), from the last chunk to the first; BK and BV cover K and V."""
     state = tl.program_id(0).to(tl.int64)
     head = state % H if PACKED else state
     n_chunks = chunk_count(T, sequences, L, PACKED)
@@ -130,26 +126,20 @@ def fused_backward(
             dq + o_dk, dk_row, rows + o_sums, t_end - t, 0, padded,
             K, V, L, BK, BV, L, L, 0, SCALE, HAS_NORMS, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
-        if AGAIN:
-            b_c = load_state(state_view(states, o_chunk, K, V, SOURCE), 0, 0, K, V, BK, BV, SOURCE)
         product = inner_product(b_state, b_c.to(tl.float32), BK * BV)
         if HAS_NORMS:
             product += tl.sum(b_norm * b_n, 0)
         tl.store(inner + o_chunk, product)
-        k_tiles = (b_k,)
-        if AGAIN:
-            k_view = token_view(k, k_sb, k_sh, k_st, head, t, end, H, UNIT, SOURCE)
-            k_tiles = (b_k, load_tokens(k_view, 0, 0, L, K, BK, SOURCE))
         keys_backward(
-            (b_q,), k_tiles, (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row,
+            (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row,
             d_inverse + o_row, delta + o_row, (b_state,), b_norm,
             dk + o_dk, dk_row, cols + o_sums, t_end - t, 0, padded,
             K, V, L, BK, BV, L, L, 0, SCALE, HAS_NORMS, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         values_backward(
             (b_q,), (b_k,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row, d_inverse + o_row, (b_state,),
-            (b_c,), dv + o_dv, dv_row, t_end - t, 0,
-            K, V, L, BK, BV, L, L, 0, 1, SCALE, False, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
+            dv + o_dv, dv_row, t_end - t, 0,
+            K, V, L, BK, BV, L, L, 0, 1, SCALE, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         b_w = tl.load(state_inverse + o_row + tl.arange(0, L))
         # q again: a tile that is used from registers too would not be fetched ahead for the products above.

@@ -4,8 +4,6 @@ import triton
 import triton.language as tl
 
 from .common import (
-    GIVEN,
-    POINTERS,
     dot,
     exp2_difference,
     load_norm,
@@ -70,10 +68,7 @@ def keys_backward(
     if HAS_NORMS:
         b_dk += load_norm(dnorm, o_k, K, BK, STATES)[None, :]
     b_dk *= exp2_difference(c_hi, c_lo, 0.0, 0.0, PAIRS)[:, None]
-    if SOURCE == GIVEN and len(k) > 1:  # the tile again, for registers
-        tl.store(p_sums + padded + t_k, rows_times_accumulator(k[1], b_dk, PRECISION, POINTERS))
-    else:
-        tl.store(p_sums + padded + t_k, rows_times_accumulator(b_k, b_dk, PRECISION, SOURCE))
+    tl.store(p_sums + padded + t_k, rows_times_accumulator(b_k, b_dk, PRECISION, SOURCE))
 
     b_cols = tl.zeros([BT], tl.float32)
     for y in tl.static_range(COUNT):

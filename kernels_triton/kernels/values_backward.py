@@ -55,7 +55,7 @@ def _times_state(values, keys, b_dc, BF16: tl.constexpr, PRECISION: tl.constexpr
 
 @triton.jit
 def values_backward(
-    q, k, dh, p_c, p_c_low, p_a, p_a_low, p_inverse, dstate, state,
+    q, k, dh, p_c, p_c_low, p_a, p_a_low, p_inverse, dstate,
     p_dv, dv_row, length, share,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -67,7 +67,6 @@ def values_backward(
     TILE: tl.constexpr,
     SPAN: tl.constexpr,
     SCALE: tl.constexpr,
-    HAS_INNER: tl.constexpr,
     PAIRS: tl.constexpr,
     SOURCE: tl.constexpr,
     STATES: tl.constexpr,
@@ -77,8 +76,7 @@ def values_backward(
     """dv of SPAN tiles of the chunk from TILE on, against their rows from there on, of a part of V.
 
     share: which of as many parts of V as K has tiles. Several tiles read dh and the state's cotangent once, and take
-    BS = BT. Returns <dC', C> of that part, if HAS_INNER: dC' is
-    there. Scores are computed transposed, keys on the rows, so that no product's result is ever transposed.
+    BS = BT. Scores are computed transposed, keys on the rows, so that no product's result is ever transposed.
     """
     NKT: tl.constexpr = (K + BK - 1) // BK
     SHARE: tl.constexpr = (V + BV * NKT - 1) // (BV * NKT) * BV
@@ -111,15 +109,11 @@ def values_backward(
                 b_s = tl.where(t_q[None, :] >= t_k[:, None], b_s, 0.0)
             weighted = weighted + (operand(b_s, BF16, PRECISION),)
 
-    b_inner = tl.zeros([BK], tl.float32)
     for v0 in range(share * SHARE, tl.minimum(share * SHARE + SHARE, V), BV):
         values = zeros_tuple(SPAN, BT, BV)
         if NKT == 1:
             b_dc = load_state(dstate, 0, v0, K, V, BK, BV, STATES)
             values = _times_state(values, keys, b_dc, BF16, PRECISION)
-            if HAS_INNER:
-                b_c = load_state(state, 0, v0, K, V, BK, BV, STATES)
-                b_inner += tl.sum(b_c.to(tl.float32) * b_dc.to(tl.float32), 1)
         else:
             for k0 in range(0, K, BK):
                 keys = ()
@@ -127,9 +121,6 @@ def values_backward(
                     keys = keys + (load_tokens(k, ROW + x * BT, k0, BT, K, BK, SOURCE),)
                 b_dc = load_state(dstate, k0, v0, K, V, BK, BV, STATES)
                 values = _times_state(values, keys, b_dc, BF16, PRECISION)
-                if HAS_INNER:
-                    b_c = load_state(state, k0, v0, K, V, BK, BV, STATES)
-                    b_inner += tl.sum(b_c.to(tl.float32) * b_dc.to(tl.float32), 1)
         updated = ()
         for x in tl.static_range(SPAN):
             updated = updated + (values[x] * alphas[x][:, None],)
@@ -145,4 +136,3 @@ def values_backward(
             values = updated
         for x in tl.static_range(SPAN):
             store_tokens(p_dv, values[x], ROW + x * BT, dv_row, length, v0, BT, V, BV)
-    return tl.sum(b_inner, 0)

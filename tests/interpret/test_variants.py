@@ -72,24 +72,21 @@ def test_variant(case, kernel, monkeypatch):
     assert result.status == "ok", [(row.tensor, row.identical, row.errors, row.tolerance) for row in result.rows]
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_other_way_has_the_same_bits(fused, packed, monkeypatch):
-    """Kernels with two ways (`config.VARIED`), which a table chooses by a tile's last number."""
+def test_dv_of_two_tiles_has_the_bits_of_one(packed, monkeypatch):
+    """`Tile.span`, which a table chooses by a tile's last number."""
     lengths = (90, 0, 50)
     options = {"N": len(lengths), "layout": "bthd"} if packed else {}
-    case = make_case(H=1, T=sum(lengths), K=16, V=24 if fused else 72, dtype="bfloat16", **options)
+    case = make_case(H=1, T=sum(lengths), K=16, V=72, dtype="bfloat16", **options)
     entries = [x for x in config.table("sm_90") if "bfloat16" in x["dtypes"]]
-    monkeypatch.setattr(config, "MANY_HEADS", 1 if fused else config.MANY_HEADS)
     found = []
-    for variant in (0, 1):
-        changed = [x | {n: [*(*x[n], 1)[:7], variant] for n in {*config.VARIED} & {*x}} for x in entries]
+    for span in (1, 2):
+        changed = [x | {"backward": [*(*x["backward"], 1)[:7], span], "L": 128} for x in entries]
         monkeypatch.setattr(config, "table", lambda arch, changed=changed: changed)
         plan.forward_pass.cache_clear()
         plan.backward_pass.cache_clear()
-        launches = plan.backward_pass(problem(1, 1, 140, 16, 24 if fused else 72, dtype="bfloat16")).launches
-        ways = [x.constexprs.get("AGAIN", x.constexprs.get("SPAN")) for x in launches]
-        assert [x for x in ways if x is not None] == [bool(variant) if fused else 1 + variant]
+        launches = plan.backward_pass(problem(1, 1, 140, 16, 72, dtype="bfloat16")).launches
+        assert [x.constexprs["SPAN"] for x in launches if "SPAN" in x.constexprs] == [span]
         via = with_offsets(lengths) if packed else None
         found.append([run(framework, case, "interpret", via) for framework in ("torch", "jax")])
     for x, y in zip(*found, strict=True):
