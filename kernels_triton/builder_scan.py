@@ -24,7 +24,8 @@ class ScanBuilder(LaunchBuilder):
     def _limits(self, backward: bool) -> tuple[int, int]:
         """Into how many segments a scan may be cut: those of 4 chunks or more, and those of 16 or more."""
         scans = self.heads * self._tiles(backward)
-        few, most = (min(MAX_SEGMENTS, programs // scans) for programs in PROGRAMS)
+        side_by_side = (programs // scans for programs in PROGRAMS)
+        few, most = (min(MAX_SEGMENTS, n + 1) if n > 1 else 1 for n in side_by_side)
         return few, most
 
     def segments(self, backward: bool) -> int:
@@ -47,13 +48,16 @@ class ScanBuilder(LaunchBuilder):
         outputs: dict[str, tuple[str, Spec]],
         **flags: Any,
     ) -> Launch:
-        """segments: ONE, SUM, FOLLOW or LAST, a constant of kernels/state.py."""
+        """segments: ONE, SUM, FOLLOW or LAST, a constant of kernels/state.py. flags: constexprs."""
         p, tile = self.p, self.config.dstate if backward else self.config.state
         x, y = ("q", "dh") if backward else ("k", "v")
         tokens, unit = self._tokens(tile, ("x", x), ("y", y))
         count = self.segments(backward)
-        programs = {SUM.value: count - 1, FOLLOW.value: count}.get(segments.value, 1)
+        programs = {SUM.value: count - 1, FOLLOW.value: count if self.packed else count - 1}.get(segments.value, 1)
         follows = count > 1 and segments.value in (FOLLOW.value, LAST.value)
+        # What the first launch stored, in place: the second one stores the rest.
+        begun = {"begun": "states", "begun_norms": "norms"} if segments.value == FOLLOW.value else {}
+        begun = {x: y for x, y in begun.items() if y == "states" or flags["HAS_NORMS"]}
         return self._launch(
             state_scan,
             {
@@ -64,6 +68,7 @@ class ScanBuilder(LaunchBuilder):
                 "gamma": "gamma",
                 **operands,
                 **{x: name if follows else None for x, name in SUMS.items()},
+                **{x: outputs[begun[x]][0] if x in begun else None for x in ("begun", "begun_norms")},
                 "segment": 0 if self.packed or segments.value == ONE.value else cdiv(self.NT, count),
                 **self.packing,
             },
@@ -71,6 +76,7 @@ class ScanBuilder(LaunchBuilder):
             self.all_heads * self._tiles(backward) * programs,
             tile,
             "BT BK BV",
+            in_place=tuple(begun.items()),
             K=p.K,
             V=p.V,
             UNIT=unit,
@@ -108,21 +114,21 @@ class ScanBuilder(LaunchBuilder):
         parameters = ("states", "norms", "state_out", "norm_out", "outer")
         outputs = {x: (name, shape) for x, name, shape in zip(parameters, names, shapes, strict=True)}
         if count == 1:
-            return (self._scan(backward, ONE if keep else LAST, operands, outputs, **flags),)
+            return (self._scan(backward, ONE if keep else LAST, operands, outputs, KEEP=keep, **flags),)
         # Of packed sequences a segment's place follows from its first chunk: of those kept none has fewer than four.
         of = (p.H, self.NT // 4 + 1) if self.packed else (*head, count - 1)
         added, norms_added, left = SUMS.values()
         sums = (
-            ("unused_states", Spec((1,), self.state_dtype)),
-            ("unused_norms", Spec((1,), "float32")),
+            *list(outputs.values())[:2],
             (added, Spec((*of, p.K, p.V), "float32")),
             (norms_added, Spec((*of, p.K), "float32")),
             (left, Spec(of, "float32")),
         )
-        nothing, no_flags = dict.fromkeys(operands), dict.fromkeys(flags, False) | {"HAS_NORMS": flags["HAS_NORMS"]}
+        start = {name: x if name in ("state_in", "norm_in") else None for name, x in operands.items()}
+        of_first = flags | {"HAS_INITIAL": False, "HAS_OUTER": False, "KEEP": keep}
         return (
-            self._scan(backward, SUM, nothing, dict(zip(parameters, sums, strict=True)), **no_flags),
-            self._scan(backward, FOLLOW if keep else LAST, operands, outputs, **flags),
+            self._scan(backward, SUM, start, dict(zip(parameters, sums, strict=True)), **of_first),
+            self._scan(backward, FOLLOW if keep else LAST, operands, outputs, KEEP=keep, **flags),
         )
 
     def state_forward(self, last: tuple[str, str] = ("c_last", "n_last")) -> tuple[Launch, ...]:

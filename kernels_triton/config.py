@@ -21,10 +21,10 @@ FALLBACK = "gfx942"
 MIN_BLOCK = {"float32": 16, "bfloat16": 64, "float16": 64}
 # As many programs as occupy a large GPU: from here on one program per head is enough.
 MANY_HEADS = 128
-# And as many as keep its memory busy: a scan of few heads is cut into segments until there are so many, or, where that
-# leaves the segments long, twice as many.
+# And as many as keep its memory busy: a scan of few heads is cut into segments until a launch, which runs all but one
+# of them, has so many, or, where that leaves the segments long, twice as many.
 PROGRAMS = (256, 512)
-MAX_SEGMENTS = 8
+MAX_SEGMENTS = 9
 
 
 def next_power_of_2(x: int) -> int:

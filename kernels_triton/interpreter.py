@@ -63,8 +63,10 @@ def run(program: Pass, buffers: Mapping[str, HostArray]) -> dict[str, np.ndarray
     env: dict[str, HostArray] = {name: buffers[name] for name in program.inputs}
     for launch in program.launches:
         arguments: dict[str, Any] = {name: env[x] if isinstance(x, str) else x for name, x in launch.operands.items()}
+        kept = launch.buffers  # an output of the same name as an input adds to it
         for name, (buffer, spec) in launch.outputs.items():
-            env[buffer], _ = empty(spec.shape, spec.dtype)
+            if buffer not in kept:
+                env[buffer], _ = empty(spec.shape, spec.dtype)
             arguments[name] = env[buffer]
         # Overflow to inf, nan arithmetic and a maximum of nans are defined results on a GPU, without warnings. The
         # deprecation is how the interpreter turns run-time loop bounds into Python integers.

@@ -19,8 +19,8 @@ from .common import (
 )
 from .packing import chunk_count, sequence_span
 
-# How a scan is cut: not at all; or into segments, what each adds, and the segments from where those before them end.
-# LAST: what a scan, cut or not, comes to; only the last segment runs, and no state but the last is stored.
+# How a scan is cut: not at all; or into segments: the first one and what the others but the last add, then the others
+# from where those before them end. LAST: what a scan, cut or not, comes to; only the last segment runs.
 ONE = tl.constexpr(0)
 SUM = tl.constexpr(1)
 FOLLOW = tl.constexpr(2)
@@ -63,12 +63,14 @@ def state_scan(
     sums,  # (B, H, segments - 1, K, V), packed (H, NT // 4 + 1, K, V); if SEGMENTS >= FOLLOW: what each adds to S
     norm_sums,  # (B, H, segments - 1, K) likewise for n
     decays,  # (B, H, segments - 1) likewise: what it leaves of S and n
+    begun,  # states, with those of the first segment: the same memory, if SEGMENTS == FOLLOW
+    begun_norms,  # norms likewise, if HAS_NORMS
     segment,  # chunks per segment, unless SEGMENTS == ONE or PACKED
     chunks,  # of packed sequences: see packing.py
     sequences,  # likewise: how many; else 0
     T,
-    states,  # (B, H, NT, K, V) state at each chunk's start; backward: cotangent of the state after each chunk
-    norms,  # (B, H, NT, K) likewise for n if HAS_NORMS, else unused, one element
+    states,  # (B, H, NT, K, V) state at each chunk's start; backward: cotangent of the state after each chunk; if KEEP
+    norms,  # (B, H, NT, K) likewise for n if HAS_NORMS too. What is not kept has one element
     state_out,  # (B, H, K, V) c_last; backward: the cotangent of c_initial. SUM: sums
     norm_out,  # (B, H, K). SUM: norm_sums
     outer,  # (B, H, NKT * NVT, 2) backward: partial <dC, C> + dn.n at the last and the initial state. SUM: decays
@@ -81,6 +83,7 @@ def state_scan(
     BV: tl.constexpr,
     UNIT: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    KEEP: tl.constexpr,
     PAIRS: tl.constexpr,
     BACKWARD: tl.constexpr,
     HAS_STATE_IN: tl.constexpr,
@@ -99,10 +102,10 @@ def state_scan(
     """One program per head (and packed sequence), segment of chunks and (BK, BV) tile of the state.
 
     S <- gamma S + sum_t w_t x_t y_t^T and n <- gamma n + sum_t u_t x_t, chunk by chunk; backward from the last one.
-    Where heads are few, the scan is cut into segments that run side by side: a first launch (SUM) finds what each but
-    the last adds, a second (FOLLOW) starts each segment from what those before it leave. A packed
-    sequence is cut as it would be alone: if it has more than UNCUT chunks, into MOST segments at most, into more than
-    FEW of them only where it is long.
+    Where heads are few, the scan is cut into segments that run side by side: a first launch (SUM) runs the first one
+    and finds what each other but the last adds, a second (FOLLOW) starts the others from what those before them leave.
+    A packed sequence is cut as it would be alone: if it has more than UNCUT chunks, into MOST segments at most, into
+    more than FEW of them only where it is long.
     """
     NKT: tl.constexpr = (K + BK - 1) // BK
     NVT: tl.constexpr = (V + BV - 1) // BV
@@ -112,7 +115,6 @@ def state_scan(
     kt = (pid // NVT) % NKT
     state = pid // (NVT * NKT)
     n_chunks = chunk_count(T, sequences, L, PACKED)
-    KEEP: tl.constexpr = SEGMENTS != SUM and SEGMENTS != LAST
     if (not KEEP or not HAS_NORMS) and pid == 0:
         tl.store(norms, 0.0)
     if not KEEP and pid == 0:
@@ -123,13 +125,14 @@ def state_scan(
     if SEGMENTS == LAST:  # of packed sequences there is none
         rank = ((n_chunks - 1) // segment).to(tl.int32)
     elif SEGMENTS != ONE:
-        count = MOST - (SEGMENTS == SUM) if PACKED else (n_chunks - 1) // segment + (SEGMENTS == FOLLOW)
-        rank = (state % count).to(tl.int32)
+        count = MOST - (SEGMENTS == SUM) if PACKED else (n_chunks - 1) // segment
+        rank = (state % count).to(tl.int32) + (SEGMENTS == FOLLOW and not PACKED)
         state = state // count
     head = state % H if PACKED else state
     begin, finish, t_first, t_end = sequence_span(chunks, state // H, n_chunks, T, PACKED)
     first = begin
     stop = finish
+    others = 0
     if SEGMENTS != ONE:
         if PACKED:
             segment = _segment(finish - begin, FEW, MOST, UNCUT)
@@ -137,7 +140,10 @@ def state_scan(
         stop = tl.minimum(first + segment, finish)
         others = (finish - begin - 1) // segment  # all segments but the last
         if PACKED:
-            if rank >= others + (SEGMENTS == FOLLOW):
+            if SEGMENTS == SUM:
+                if rank >= others:
+                    return
+            elif rank > others or (rank == 0 and others > 0):
                 return
         # Of packed sequences no segment but the last has fewer than 4 chunks.
         o_sums = head * (n_chunks // 4 + 1) if PACKED else head * others
@@ -152,17 +158,22 @@ def state_scan(
     b_state = tl.zeros([BK, BV], tl.float32)
     b_norm = tl.zeros([BK], tl.float32)
     if HAS_STATE_IN:
-        b_state = load_state((state_in + o_state,), k0, v0, K, V, BK, BV, POINTERS).to(tl.float32)
+        if rank == 0:
+            b_state = load_state((state_in + o_state,), k0, v0, K, V, BK, BV, POINTERS).to(tl.float32)
     if HAS_NORM_IN:
-        b_norm = load_vector(norm_in + state * K, o_k, K, BK).to(tl.float32)
-    if HAS_OUTER and rank == 0:
-        product = tl.full([], 0.0, tl.float32)
-        if HAS_STATE_IN:
-            b_c = load_state((fw_last + o_state,), k0, v0, K, V, BK, BV, POINTERS)
-            product = inner_product(b_state, b_c, BK * BV)
-            if HAS_NORMS:
-                product += norm_product(b_norm, fw_norm_last + state * K, o_k, vt, K, BK)
-        tl.store(p_outer, product)
+        if rank == 0:
+            b_norm = load_vector(norm_in + state * K, o_k, K, BK).to(tl.float32)
+    if HAS_OUTER:
+        if rank == (others > 0):  # one program of each tile: of two launches it is the second one's first
+            product = tl.full([], 0.0, tl.float32)
+            if HAS_STATE_IN:
+                b_in = load_state((state_in + o_state,), k0, v0, K, V, BK, BV, POINTERS).to(tl.float32)
+                b_c = load_state((fw_last + o_state,), k0, v0, K, V, BK, BV, POINTERS)
+                product = inner_product(b_in, b_c, BK * BV)
+                if HAS_NORMS and HAS_NORM_IN:
+                    b_in = load_vector(norm_in + state * K, o_k, K, BK).to(tl.float32)
+                    product += norm_product(b_in, fw_norm_last + state * K, o_k, vt, K, BK)
+            tl.store(p_outer, product)
 
     if SEGMENTS >= FOLLOW:
         for s in range(0, rank):
@@ -185,9 +196,10 @@ def state_scan(
         if PER == 1 or step % PER == 0:
             o_chunk = head * n_chunks + n
             if KEEP:
-                store_state(states + o_chunk * K * V, b_state, k0, v0, K, V, BK, BV)
-                if HAS_NORMS and vt == 0:
-                    store_vector(norms + o_chunk * K, b_norm, o_k, K, BK)
+                if SEGMENTS != SUM or rank == 0:
+                    store_state(states + o_chunk * K * V, b_state, k0, v0, K, V, BK, BV)
+                    if HAS_NORMS and vt == 0:
+                        store_vector(norms + o_chunk * K, b_norm, o_k, K, BK)
         b_state *= decay
         b_norm *= decay
         left *= decay
