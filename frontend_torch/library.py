@@ -21,7 +21,7 @@ from .executor import run
 from .reference import run_reference
 from .registry import COTANGENTS, GRADIENTS, SAVED, empty, is_transformed, library, like, register, schema, twice
 from .registry import OPTIONS as SHARED_OPTIONS
-from .tensors import describe, dtype_of, platform_of
+from .tensors import describe, dtype_of, is_autocast, platform_of
 
 States = tuple[Tensor, Tensor, Tensor]
 OPTIONS = SHARED_OPTIONS | {"form": "str"}
@@ -138,7 +138,7 @@ def autocast(tensors: Sequence[Any]) -> tuple[Any, ...]:
     if not all(isinstance(x, Tensor) for x in tensors):  # the checks will say so
         return tuple(tensors)
     kind = tensors[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not is_autocast(kind):
         return tuple(tensors)
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

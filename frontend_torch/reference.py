@@ -11,13 +11,13 @@ from torch import Tensor
 from kernels_triton import packing, reference
 from kernels_triton.problem import Problem
 
-from .tensors import dtype_of
+from .tensors import dtype_of, is_autocast
 
 
 def run_reference(problem: Problem, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """The readable reference in float32, under autocast too."""
     device = tensors[0].device.type if tensors[0] is not None else ""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if is_autocast(device):
         with torch.autocast(device, enabled=False):
             return run_reference(problem, tensors)
     q, k, v, i, f, *states = tensors[:8]

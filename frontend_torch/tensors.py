@@ -81,3 +81,8 @@ def places(env: Mapping[str, Tensor]) -> tuple[Any, ...]:
 def suits(x: Tensor) -> bool:
     """Whether x can be read through a tensor descriptor."""
     return suits_descriptors(tuple(x.shape), x.stride(), x.element_size(), x.data_ptr())
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on there. Devices that have none are left out by name: asking PyTorch breaks a graph."""
+    return device_type in ("cuda", "cpu") and torch.is_autocast_enabled(device_type)

@@ -8,6 +8,8 @@ import os
 from .options import one_of
 from .problem import BACKENDS
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # once: compilers trace what follows
+
 
 def interpreting() -> bool:
     """True where Triton's interpreter is switched on. Triton reads the variable when a kernel is defined."""
@@ -31,7 +33,7 @@ def choose_backend(backend: str, platform: str) -> str:
         backend = "triton" if gpu and not interpreting() else "reference"
     if backend == "reference":
         return backend
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         raise ValueError(f"backend: expected an installed package triton for {backend!r}, found none; use 'reference'")
     if backend == "triton":
         if not gpu:
