@@ -10,16 +10,21 @@ from .kernels.state import FOLLOW, LAST, ONE, SUM
 from .launch import Launch, Spec
 from .launch_builder import LaunchBuilder, cdiv
 
-# What each segment adds to the state and to n, and what it leaves of them: parameters and buffers.
+# What each segment adds to the state and to n, and what it leaves of them: parameters and buffers, which are others
+# backward, where the scan may be cut into another number of segments.
 SUMS = {"sums": "segment_sums", "norm_sums": "segment_norm_sums", "decays": "segment_decays"}
 
 
 class ScanBuilder(LaunchBuilder):
-    """One launch, or two: what each segment adds, then all segments side by side."""
+    """One launch, or two: the first segment and what the others but the last add, then the others side by side."""
 
     def _tiles(self, backward: bool) -> int:
         tile = self.config.dstate if backward else self.config.state
         return cdiv(self.p.K, tile.BK) * cdiv(self.p.V, tile.BV)
+
+    @staticmethod
+    def _sums(backward: bool) -> dict[str, str]:
+        return {parameter: f"d{buffer}" if backward else buffer for parameter, buffer in SUMS.items()}
 
     def _limits(self, backward: bool) -> tuple[int, int]:
         """Into how many segments a scan may be cut: those of 4 chunks or more, and those of 16 or more."""
@@ -67,7 +72,7 @@ class ScanBuilder(LaunchBuilder):
                 "u": "state_delta" if backward else None,
                 "gamma": "gamma",
                 **operands,
-                **{x: name if follows else None for x, name in SUMS.items()},
+                **{x: name if follows else None for x, name in self._sums(backward).items()},
                 **{x: outputs[begun[x]][0] if x in begun else None for x in ("begun", "begun_norms")},
                 "segment": 0 if self.packed or segments.value == ONE.value else cdiv(self.NT, count),
                 **self.packing,
@@ -117,7 +122,7 @@ class ScanBuilder(LaunchBuilder):
             return (self._scan(backward, ONE if keep else LAST, operands, outputs, KEEP=keep, **flags),)
         # Of packed sequences a segment's place follows from its first chunk: of those kept none has fewer than four.
         of = (p.H, self.NT // 4 + 1) if self.packed else (*head, count - 1)
-        added, norms_added, left = SUMS.values()
+        added, norms_added, left = self._sums(backward).values()
         sums = (
             *list(outputs.values())[:2],
             (added, Spec((*of, p.K, p.V), "float32")),

@@ -51,7 +51,8 @@ class Launch:
 
     operands: run-time inputs in the kernel's order; a str names a buffer, an int is a scalar, a Descriptor is a buffer
     by another way.
-    outputs: the remaining run-time parameters, in order, each with the name of the buffer it creates.
+    outputs: the remaining run-time parameters, in order, each with the name of the buffer it creates; or, where an
+    input has that name, adds to: then the two must be one memory, and `in_place` names them.
     """
 
     kernel: Any

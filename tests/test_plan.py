@@ -6,6 +6,7 @@ import itertools
 import pytest
 
 from kernels_triton import plan
+from kernels_triton.builder import Builder
 from kernels_triton.config import MANY_HEADS, TABLES, Config, Tile, configure, table
 from kernels_triton.launch import Launch
 from kernels_triton.problem import LONGEST_CHUNK
@@ -49,6 +50,24 @@ def test_another_length_compiles_nothing(layout, dtype):
         expected = [compiled_for(problem(H=H, T=T, layout=layout, dtype=dtype)) for T in plans]
         for T in (2, 17, 64, 65, 1024, 4099, 65536):
             assert compiled_for(problem(H=H, T=T, layout=layout, dtype=dtype)) in expected
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_both_scans_in_one_pass(arch):
+    """Forward states are computed again in some backward passes, cut perhaps into another number of segments."""
+    kinds = ({"save_states": False}, {"form": "recurrent"})
+    unequal = 0
+    for dtype, K, H, T in itertools.product(
+        ("float32", "float16", "bfloat16"), (64, 128, 256, 512), (1, 4, 8), (2100, 4096)
+    ):
+        for options in kinds:
+            p = dataclasses.replace(problem(2, H, T, K, max(K, 128), dtype=dtype, **options), arch=arch)
+            scans = [x for x in plan.backward_pass(p).launches if x.name == "state_scan"]
+            each = [sum(x.constexprs["BACKWARD"] == backward for x in scans) for backward in (False, True)]
+            b = Builder(p)
+            assert each == [min(b.segments(False), 2), min(b.segments(True), 2)]
+            unequal += b.segments(False) != b.segments(True)
+    assert unequal or arch != "sm_90"
 
 
 @pytest.mark.parametrize(

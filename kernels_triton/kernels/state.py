@@ -25,7 +25,6 @@ ONE = tl.constexpr(0)
 SUM = tl.constexpr(1)
 FOLLOW = tl.constexpr(2)
 LAST = tl.constexpr(3)
-SMALLEST = tl.constexpr(2.0**-100)  # what weights are divided by at least, so that 1 over it is finite
 
 
 @triton.jit
@@ -219,14 +218,9 @@ def state_scan(
         y_view = token_view(y, y_sb, y_sh, y_st, head, t, end, H, UNIT, SOURCE)
         b_x = tl.trans(load_tokens(x_view, 0, k0, BT, K, BK, SOURCE)).to(tl.float32)  # [BK, BT]
         b_y = load_tokens(y_view, 0, v0, BT, V, BV, SOURCE)
-        largest = 1.0
-        if BACKWARD and b_y.dtype == tl.float16:  # beyond what float16 holds, perhaps: the largest weight stays apart
-            largest = tl.maximum(tl.max(tl.abs(b_w), 0), SMALLEST)
-            b_w = b_w / largest
         b_xw = b_x * b_w[None, :]
-        if BACKWARD and b_y.dtype == tl.float16:
-            b_state += largest * dot(b_xw.to(tl.float16), b_y, tl.zeros([BK, BV], tl.float32), PRECISION)
-        elif b_y.dtype == tl.float16:  # no weight exceeds 1
+        # Forward no weight exceeds 1. Backward float16 would have to hold any, and beside it the smallest that counts.
+        if not BACKWARD and b_y.dtype == tl.float16:
             b_state = dot(b_xw.to(tl.float16), b_y, b_state, PRECISION)
         else:
             b_state = dot(operand(b_xw, BF16, PRECISION), operand(b_y, BF16, PRECISION), b_state, PRECISION)

@@ -177,3 +177,14 @@ def test_float16_with_a_small_normaliser():
         assert np.isfinite(found[name]).all(), name
         assert compare.frobenius_error(found[name], x.astype(np.float64)) < 5e-3, name
     same_bits(found, run("jax", case, "interpret"))
+
+
+def test_float16_where_the_loss_is_on_the_last_token():
+    """What the initial state gets is then small, but no less exact."""
+    case = make_case(H=1, T=64, dtype="float16", cotangents=("h",), f_mean=1.0, chunk_size=64)
+    dh = case.cotangents["h"] * 0
+    dh[:, :, -1] = case.cotangents["h"][:, :, -1]
+    case = dataclasses.replace(case, cotangents={"h": dh})
+    found, expected = run("torch", case, "interpret"), run("torch", case, "reference")
+    assert 0 < np.abs(expected["dc_initial"]).max() < 1e-5
+    assert compare.frobenius_error(found["dc_initial"], expected["dc_initial"].astype(np.float64)) < 2e-3
