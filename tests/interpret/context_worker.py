@@ -1,5 +1,6 @@
 """What each of four processes does for test_context.py: without JAX, which takes long to import."""
 
+import datetime
 import functools
 
 import pytest
@@ -201,7 +202,8 @@ def alone(rank):
 
 def work(rank, file):
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
+    wait = datetime.timedelta(seconds=120)  # for a process that does not come to an exchange: an error, not a hang
+    distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD, timeout=wait)
     for check in (subgroups, checkpointed, compiled, registered, alone):
         check(rank)
     for name in CASES:

@@ -1,6 +1,7 @@
 """What each of four processes does for test_dtensor.py: without JAX, which takes long to import."""
 
 import copy
+import datetime
 import functools
 import itertools
 
@@ -110,7 +111,8 @@ def _fully_sharded(rank):
 
 def work(rank, file):
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
+    wait = datetime.timedelta(seconds=120)  # for a process that does not come to an exchange: an error, not a hang
+    distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD, timeout=wait)
     mesh = distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "heads"))
     torch.manual_seed(0)  # all have the same cotangents
     _dtensor(mesh)
