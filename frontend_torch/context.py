@@ -65,13 +65,12 @@ class _After(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gathered: Tensor, *before: Tensor) -> tuple[Tensor, ...]:
-        ctx.like = gathered.new_empty(()), gathered.shape
+        ctx.shape = gathered.shape
         return tuple(x.view_as(x) for x in before)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        x, shape = ctx.like
-        return x.new_zeros(shape), *cotangents
+        return cotangents[0].new_zeros(ctx.shape), *cotangents
 
 
 class _Last(torch.autograd.Function):

@@ -121,8 +121,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     given, options, group = _named(arguments)
     save, last = arguments[-2:]
     call, tensors = settle(given, options)
-    results = compute(call, tensors, _segments(group), save, last)
-    if save and not _segments(group).index:  # the state before segment 0 is an argument: results have their own memory
+    segments = _segments(group)
+    results = compute(call, tensors, segments, save, last)
+    if save and not segments.index:  # the state before segment 0 is an argument: results have their own memory
         results |= dict(zip(BEFORE, _apart(*(results[name] for name in BEFORE)), strict=True))
     q = given[0]
     assert q is not None

@@ -293,9 +293,8 @@ def _with_roundings(case: Case, arrays: Arrays, device: str) -> list[Arrays]:
     batches = {name: np.split(x, parts) for name, x in copies.items()}
     batch = dataclasses.replace(case, B=case.B * ROUNDINGS // parts)
     found = [truth(batch, {name: x[n] for name, x in batches.items()}, device) for n in range(parts)]
-    whole = {name: np.concatenate([results[name] for results in found]) for name in found[0]}
-    draws = {name: np.split(x, ROUNDINGS) for name, x in whole.items()}
-    return [{name: x[n] for name, x in draws.items()} for n in range(ROUNDINGS)]
+    each = ROUNDINGS // parts
+    return [{name: np.split(x, each)[n] for name, x in results.items()} for results in found for n in range(each)]
 
 
 def tolerances(case: Case, arrays: Arrays, exact: Arrays, device: str) -> dict[str, float]:

@@ -59,7 +59,8 @@ def state_scan(
     fw_norm_last,  # (B, H, K) backward, if HAS_STATE_IN: n_last
     fw_initial,  # (B, H, K, V) backward, if HAS_INITIAL: c_initial
     fw_norm_initial,  # (B, H, K) backward, if HAS_INITIAL
-    sums,  # (B, H, segments - 1, K, V), packed (H, NT // 4 + 1, K, V); if SEGMENTS >= FOLLOW: what each adds to S
+    sums,  # (B, H, segments - 1, K, V), packed (H, NT // 4 + 1, K, V); if SEGMENTS >= FOLLOW: what each adds to S;
+    # of the first one where it ends
     norm_sums,  # (B, H, segments - 1, K) likewise for n
     decays,  # (B, H, segments - 1) likewise: what it leaves of S and n
     begun,  # states, with those of the first segment: the same memory, if SEGMENTS == FOLLOW
