@@ -33,7 +33,10 @@ def advance(
     """The state and n one chunk on: S <- decay S + sum_t w_t x_t y_t^T, n <- decay n + sum_t u_t x_t."""
     b_xt = tl.trans(b_x).to(tl.float32)
     b_xw = operand(b_xt * b_w[None, :], BF16, PRECISION)
-    b_state = dot(b_xw, operand(b_y, BF16, PRECISION), b_state * decay, PRECISION)
+    # Not added up in the product's own accumulator: backward, the assembler would then run every product of the loop
+    # one instruction at a time (its remark C7515).
+    b_sum = dot(b_xw, operand(b_y, BF16, PRECISION), tl.zeros(b_state.shape, tl.float32), PRECISION)
+    b_state = tl.fma(b_state, decay, b_sum)
     if HAS_NORMS:
         b_norm = b_norm * decay + tl.sum(b_xt * b_u[None, :], 1)
     return b_state, b_norm

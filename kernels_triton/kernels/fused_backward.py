@@ -7,10 +7,12 @@ from .common import (
     GIVEN,
     POINTERS,
     contiguous_rows,
+    dot,
     inner_product,
     load_state,
     load_tokens,
     load_vector,
+    operand,
     state_view,
     store_state,
     store_vector,
@@ -21,6 +23,15 @@ from .keys_backward import keys_backward
 from .packing import chunk_count, sequence_span
 from .queries_backward import queries_backward
 from .values_backward import values_backward
+
+
+@triton.jit
+def trace(b_c, b_dc, BV: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr):
+    """<C, dC> as the trace of C^T dC: registers do not read C then, and it is fetched ahead."""
+    b_x = tl.zeros([BV, BV], tl.float32)
+    b_x = dot(tl.trans(operand(b_c, BF16, PRECISION)), operand(b_dc, BF16, PRECISION), b_x, PRECISION)
+    o_v = tl.arange(0, BV)
+    return inner_product(b_x, tl.where(o_v[:, None] == o_v[None, :], 1.0, 0.0), BV * BV)
 
 
 @triton.jit(
@@ -102,7 +113,7 @@ def fused_backward(
             product += tl.sum(b_norm * load_vector(n_last + state * K, o_k, K, BK), 0)
     tl.store(outer + state * 2, product)
 
-    for step in range(first, stop):
+    for step in tl.range(first, stop, disable_licm=True):  # what it would hoist fills the registers
         n = first + stop - 1 - step
         t = t_first + (n - first) * L
         o_chunk = head * n_chunks + n
@@ -118,18 +129,21 @@ def fused_backward(
             b_n = load_vector(norms + o_chunk * K, o_k, K, BK)
         b_dh = load_tokens(token_view(dh, dh_sb, dh_sh, dh_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, V, BV, SOURCE)
         b_c = load_state(state_view(states, o_chunk, K, V, SOURCE), 0, 0, K, V, BK, BV, SOURCE)
+        product = trace(b_c, b_state, BV, BF16, PRECISION)
+        if HAS_NORMS:
+            product += tl.sum(b_norm * b_n, 0)
+        tl.store(inner + o_chunk, product)
+        # q again, for registers: a tile that they read too would not be fetched ahead for the products. (After a store,
+        # across which the compiler does not merge loads.)
+        b_x = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
         o_dk, dk_row = contiguous_rows(head, t, T, H, K, BTHD)
         o_dv, dv_row = contiguous_rows(head, t, T, H, V, BTHD)
         queries_backward(
-            (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row,
+            (b_q, b_x), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row,
             d_inverse + o_row, delta + o_row, state_inverse + o_row, state_delta + o_row, (b_c,), norms + o_chunk * K,
             dq + o_dk, dk_row, rows + o_sums, t_end - t, 0, padded,
             K, V, L, BK, BV, L, L, 0, SCALE, HAS_NORMS, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
-        product = inner_product(b_state, b_c.to(tl.float32), BK * BV)
-        if HAS_NORMS:
-            product += tl.sum(b_norm * b_n, 0)
-        tl.store(inner + o_chunk, product)
         keys_backward(
             (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row,
             d_inverse + o_row, delta + o_row, (b_state,), b_norm,
@@ -142,9 +156,7 @@ def fused_backward(
             K, V, L, BK, BV, L, L, 0, 1, SCALE, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         b_w = tl.load(state_inverse + o_row + tl.arange(0, L))
-        # q again: a tile that is used from registers too would not be fetched ahead for the products above.
-        b_q = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
-        b_state, b_norm = advance(b_state, b_norm, b_q, b_dh, b_w, b_u, decay, HAS_NORMS, BF16, PRECISION)
+        b_state, b_norm = advance(b_state, b_norm, b_x, b_dh, b_w, b_u, decay, HAS_NORMS, BF16, PRECISION)
 
     store_state(dc_initial + o_state, b_state, 0, 0, K, V, BK, BV)
     store_vector(dn_initial + state * K, b_norm, o_k, K, BK)
