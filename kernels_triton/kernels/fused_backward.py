@@ -133,13 +133,10 @@ def fused_backward(
         if HAS_NORMS:
             product += tl.sum(b_norm * b_n, 0)
         tl.store(inner + o_chunk, product)
-        # q again, for registers: a tile that they read too would not be fetched ahead for the products. (After a store,
-        # across which the compiler does not merge loads.)
-        b_x = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
         o_dk, dk_row = contiguous_rows(head, t, T, H, K, BTHD)
         o_dv, dv_row = contiguous_rows(head, t, T, H, V, BTHD)
         queries_backward(
-            (b_q, b_x), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row,
+            (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row,
             d_inverse + o_row, delta + o_row, state_inverse + o_row, state_delta + o_row, (b_c,), norms + o_chunk * K,
             dq + o_dk, dk_row, rows + o_sums, t_end - t, 0, padded,
             K, V, L, BK, BV, L, L, 0, SCALE, HAS_NORMS, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
@@ -156,7 +153,9 @@ def fused_backward(
             K, V, L, BK, BV, L, L, 0, 1, SCALE, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         b_w = tl.load(state_inverse + o_row + tl.arange(0, L))
-        b_state, b_norm = advance(b_state, b_norm, b_x, b_dh, b_w, b_u, decay, HAS_NORMS, BF16, PRECISION)
+        # q again: a tile that is used from registers too would not be fetched ahead for the products above.
+        b_q = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
+        b_state, b_norm = advance(b_state, b_norm, b_q, b_dh, b_w, b_u, decay, HAS_NORMS, BF16, PRECISION)
 
     store_state(dc_initial + o_state, b_state, 0, 0, K, V, BK, BV)
     store_vector(dn_initial + state * K, b_norm, o_k, K, BK)

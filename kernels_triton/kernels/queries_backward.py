@@ -73,10 +73,7 @@ def queries_backward(
     b_dq *= b_state_inverse[:, None]
     if HAS_NORMS:
         b_dq += b_state_delta[:, None] * load_vector(p_norm, o_k, K, BK)[None, :]
-    if SOURCE == GIVEN:
-        b_rows = rows_times_accumulator(q[1], b_dq, PRECISION, SOURCE)
-    else:
-        b_rows = rows_times_accumulator(b_q, b_dq, PRECISION, SOURCE)
+    b_rows = rows_times_accumulator(b_q, b_dq, PRECISION, SOURCE)
 
     b_diagonal = tl.zeros([BT], tl.float32)
     for y in tl.static_range(COUNT):
