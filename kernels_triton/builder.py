@@ -29,7 +29,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
 
         Packed sequences are many heads: each takes its own program, with the same bits.
         """
-        return not self.packed and self.heads < MANY_HEADS // 2 and self.NT > self.G
+        return not self.packed and self.heads < MANY_HEADS and self.NT > self.G
 
     def gates_sums(self) -> Launch:
         """Prefix sums inside the chunks."""
@@ -132,6 +132,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
         p, tile = self.p, self.config.normaliser
         sb, sh, st = self.strides["dh"]
         unit = math.gcd(16, sb, sh, st) or 16
+        unused = {} if self.pairs else {"e_low": ("unused_e_low", Spec((1,), "float32"))}
         return self._launch(
             normaliser_backward,
             {
@@ -142,10 +143,10 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 "dh_st": st // unit,
                 "r": given or ("r" if p.normalize else None),
                 "floor": "floor" if p.normalize and not given else None,
-                **self._gates_backward(*GATES[2:]),
+                **self._backward(*GATES[2:]),
                 **self.packing,
             },
-            {name: (name, Spec(self.rows, "float32")) for name in NORMALISER},
+            {x: (x, Spec(self.rows, "float32")) for x in NORMALISER} | unused,
             self.heads * self.NT * (self.L // tile.BT),
             tile,
             "BT BV",
@@ -173,8 +174,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
             chunk_backward,
             {
                 **tokens,
-                **self._gates_backward(*GATES[:4]),
-                **{name: name for name in NORMALISER},
+                **self._backward("c", "c_low", *NORMALISER),
                 "states": self._states(tile, "states"),
                 "norms": "norms" if norms else None,
                 "dstates": self._states(tile, "dstates"),

@@ -69,8 +69,7 @@ class FusedBuilder(LaunchBuilder):
             fused_backward,
             {
                 **tokens,
-                **self._gates_backward(*GATES[:-1]),
-                **{name: name for name in NORMALISER},
+                **self._backward("c", "c_low", "gamma", *NORMALISER),
                 "states": self._states(tile, "states"),
                 "norms": "norms" if norms else None,
                 **{name: given(name, has_dlast) for name in last},

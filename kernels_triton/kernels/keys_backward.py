@@ -19,7 +19,7 @@ from .common import (
 
 @triton.jit
 def keys_backward(
-    q, k, v, dh, p_c, p_c_low, p_a, p_a_low, p_inverse, p_delta, dstate, dnorm,
+    q, k, v, dh, p_c, p_c_low, p_e, p_e_low, p_delta, dstate, dnorm,
     p_dk, dk_row, p_sums, length, key_tile, padded,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -74,10 +74,9 @@ def keys_backward(
     for y in tl.static_range(COUNT):
         t_q = (FIRST + y) * BS + tl.arange(0, BS)
         b_q = queries[y]
-        a_hi, a_lo = load_pair(p_a, p_a_low, t_q, PAIRS)
-        b_d = exp2_difference(c_hi[:, None], c_lo[:, None], a_hi[None, :], a_lo[None, :], PAIRS)
-        b_inverse = tl.load(p_inverse + t_q) * SCALE
-        b_ds = (products[y] * b_inverse[None, :] + (tl.load(p_delta + t_q) * SCALE)[None, :]) * b_d
+        e_hi, e_lo = load_pair(p_e, p_e_low, t_q, PAIRS)
+        b_d = exp2_difference(c_hi[:, None], c_lo[:, None], e_hi[None, :], e_lo[None, :], PAIRS)
+        b_ds = (products[y] * SCALE + (tl.load(p_delta + t_q) * SCALE)[None, :]) * b_d
         b_s = dot(b_k, tl.trans(b_q), tl.zeros([BT, BS], tl.float32), PRECISION)
         if (FIRST + y) * BS < ROW + BT:
             b_ds = tl.where(t_q[None, :] >= t_k[:, None], b_ds, 0.0)
