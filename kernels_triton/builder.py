@@ -132,7 +132,6 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
         p, tile = self.p, self.config.normaliser
         sb, sh, st = self.strides["dh"]
         unit = math.gcd(16, sb, sh, st) or 16
-        unused = {} if self.pairs else {"e_low": ("unused_e_low", Spec((1,), "float32"))}
         return self._launch(
             normaliser_backward,
             {
@@ -143,10 +142,10 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 "dh_st": st // unit,
                 "r": given or ("r" if p.normalize else None),
                 "floor": "floor" if p.normalize and not given else None,
-                **self._backward(*GATES[2:]),
+                **self._gates_backward(*GATES[2:]),
                 **self.packing,
             },
-            {x: (x, Spec(self.rows, "float32")) for x in NORMALISER} | unused,
+            {name: (name, Spec(self.rows, "float32")) for name in NORMALISER},
             self.heads * self.NT * (self.L // tile.BT),
             tile,
             "BT BV",
@@ -174,7 +173,9 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
             chunk_backward,
             {
                 **tokens,
-                **self._backward("c", "c_low", *NORMALISER),
+                **self._gates_backward("c", "c_low"),
+                **{name: name if self.pairs else None for name in ("a", "a_low")},
+                **{name: name for name in NORMALISER},
                 "states": self._states(tile, "states"),
                 "norms": "norms" if norms else None,
                 "dstates": self._states(tile, "dstates"),

@@ -69,7 +69,10 @@ class FusedBuilder(LaunchBuilder):
             fused_backward,
             {
                 **tokens,
-                **self._backward("c", "c_low", "gamma", *NORMALISER),
+                **self._gates_backward("c", "c_low"),
+                **{name: name if self.pairs else None for name in ("a", "a_low")},
+                "gamma": "gamma",
+                **{name: name for name in NORMALISER},
                 "states": self._states(tile, "states"),
                 "norms": "norms" if norms else None,
                 **{name: given(name, has_dlast) for name in last},

@@ -15,7 +15,7 @@ from .problem import Problem, Strides
 # Buffers that the gates' kernel makes and most others read.
 GATES = ("c", "c_low", "a", "a_low", "gamma", "gamma_low")
 # And those that the normaliser's kernel makes, backward.
-NORMALISER = ("e", "e_low", "delta", "state_inverse", "state_delta")
+NORMALISER = ("e", "delta", "state_inverse", "state_delta")
 
 
 def cdiv(x: int, y: int) -> int:
@@ -56,8 +56,8 @@ class LaunchBuilder:
         """Whether the gradients need decays of twice float32's digits; the outputs always do."""
         return self.p.dtype == "float32"
 
-    def _backward(self, *names: str) -> dict[str, str | None]:
-        """The operands `names`, the low parts of pairs only where the gradients need them."""
+    def _gates_backward(self, *names: str) -> dict[str, str | None]:
+        """The operands `names` that the gates' kernel made, the low parts of pairs only where they are needed."""
         return {name: name if self.pairs or not name.endswith("_low") else None for name in names}
 
     @property

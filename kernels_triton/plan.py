@@ -150,8 +150,7 @@ def segment_cotangent(problem: Problem, dh_strides: Strides | None = None, has_d
     norms = problem.normalize
     scan = b.state_backward(has_dlast, has_dlast and norms, outer=False, norms=norms, keep=False)
     launches = (b.normaliser(), *scan)
-    made = (x for x in NORMALISER if b.pairs or not x.endswith("_low"))
-    return Pass(launches, _read(launches), (*GRADIENTS_INITIAL[:2], *made))
+    return Pass(launches, _read(launches), (*GRADIENTS_INITIAL[:2], *NORMALISER))
 
 
 @functools.lru_cache(maxsize=1024)

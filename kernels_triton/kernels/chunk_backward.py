@@ -52,8 +52,9 @@ def chunk_backward(
     dh, dh_sb, dh_sh, dh_st,  # (B, H, T, V) likewise
     c,  # (B, H, NT * L)
     c_low,  # (B, H, NT * L) if PAIRS
-    e,  # (B, H, NT * L) a + log2 d, d the normaliser
-    e_low,  # (B, H, NT * L) if PAIRS
+    a,  # (B, H, NT * L) if PAIRS
+    a_low,  # (B, H, NT * L) if PAIRS
+    e,  # (B, H, NT * L) a + log2 d, d the normaliser; if PAIRS 1 / d
     delta,  # (B, H, NT * L) d times the cotangent of the signed normaliser
     state_inverse,  # (B, H, NT * L) scale beta / d
     state_delta,  # (B, H, NT * L) scale beta delta / d
@@ -129,22 +130,22 @@ def chunk_backward(
     for tile in tl.static_range(NRT):
         if role == tile:
             queries_backward(
-                q_view, k_view, v_view, dh_view, c + o_row, c_low + o_row, e + o_row, e_low + o_row,
-                delta + o_row, state_inverse + o_row, state_delta + o_row, state, p_norm,
+                q_view, k_view, v_view, dh_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row,
+                e + o_row, delta + o_row, state_inverse + o_row, state_delta + o_row, state, p_norm,
                 dq + o_dk, dk_row, rows + o_sums, length, key_tile, padded,
                 K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, SOURCE, SOURCE, BF16, PRECISION,
             )  # fmt: skip
         if role == NRT + tile:
             keys_backward(
-                q_view, k_view, v_view, dh_view, c + o_row, c_low + o_row, e + o_row, e_low + o_row,
-                delta + o_row, dstate, p_dnorm,
+                q_view, k_view, v_view, dh_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row,
+                e + o_row, delta + o_row, dstate, p_dnorm,
                 dk + o_dk, dk_row, cols + o_sums, length, key_tile, padded,
                 K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, SOURCE, SOURCE, BF16, PRECISION,
             )  # fmt: skip
         if tile % SPAN == 0:
             if role == 2 * NRT + tile // SPAN:
                 values_backward(
-                    q_view, k_view, dh_view, c + o_row, c_low + o_row, e + o_row, e_low + o_row,
+                    q_view, k_view, dh_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row, e + o_row,
                     dstate, dv + o_dv, dv_row, length, key_tile,
                     K, V, BT, BK, BV, L, BS, tile, SPAN, SCALE, PAIRS, SOURCE, SOURCE, BF16, PRECISION,
                 )  # fmt: skip

@@ -243,6 +243,22 @@ def load_pair(x, x_low, o, PAIRS: tl.constexpr):
 
 
 @triton.jit
+def load_rows(p_a, p_a_low, p_e, o, PAIRS: tl.constexpr):
+    """Of rows o: the pair whose decays they take, and what is left of 1 / d as a factor.
+
+    Without PAIRS d is in the exponent. There it would cost as many digits as its logarithm has.
+    """
+    if PAIRS:
+        hi, lo = load_pair(p_a, p_a_low, o, True)
+        factor = tl.load(p_e + o)
+    else:
+        hi = tl.load(p_e + o)
+        lo = hi
+        factor = tl.full(hi.shape, 1.0, tl.float32)
+    return hi, lo, factor
+
+
+@triton.jit
 def contiguous_rows(head, t, T, H: tl.constexpr, D: tl.constexpr, BTHD: tl.constexpr):
     """Offset of head's row t and the row stride in a contiguous (B, H, T, D) or (B, T, H, D) tensor."""
     if BTHD:

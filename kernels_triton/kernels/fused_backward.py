@@ -47,9 +47,10 @@ def fused_backward(
     dh, dh_sb, dh_sh, dh_st,  # (B, H, T, V) likewise
     c,  # (B, H, NT * L)
     c_low,  # (B, H, NT * L) if PAIRS
+    a,  # (B, H, NT * L) if PAIRS
+    a_low,  # (B, H, NT * L) if PAIRS
     gamma,  # (B, H, NT) log2
     e,  # (B, H, NT * L)
-    e_low,  # (B, H, NT * L) if PAIRS
     delta,  # (B, H, NT * L)
     state_inverse,  # (B, H, NT * L)
     state_delta,  # (B, H, NT * L)
@@ -135,19 +136,19 @@ def fused_backward(
         o_dk, dk_row = contiguous_rows(head, t, T, H, K, BTHD)
         o_dv, dv_row = contiguous_rows(head, t, T, H, V, BTHD)
         queries_backward(
-            (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, e + o_row, e_low + o_row,
-            delta + o_row, state_inverse + o_row, state_delta + o_row, (b_c,), norms + o_chunk * K,
+            (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row,
+            e + o_row, delta + o_row, state_inverse + o_row, state_delta + o_row, (b_c,), norms + o_chunk * K,
             dq + o_dk, dk_row, rows + o_sums, t_end - t, 0, padded,
             K, V, L, BK, BV, L, L, 0, SCALE, HAS_NORMS, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         keys_backward(
-            (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, e + o_row, e_low + o_row,
-            delta + o_row, (b_state,), b_norm,
+            (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row,
+            e + o_row, delta + o_row, (b_state,), b_norm,
             dk + o_dk, dk_row, cols + o_sums, t_end - t, 0, padded,
             K, V, L, BK, BV, L, L, 0, SCALE, HAS_NORMS, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         values_backward(
-            (b_q,), (b_k,), (b_dh,), c + o_row, c_low + o_row, e + o_row, e_low + o_row, (b_state,),
+            (b_q,), (b_k,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row, e + o_row, (b_state,),
             dv + o_dv, dv_row, t_end - t, 0,
             K, V, L, BK, BV, L, L, 0, 1, SCALE, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip

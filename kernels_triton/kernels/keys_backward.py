@@ -8,6 +8,7 @@ from .common import (
     exp2_difference,
     load_norm,
     load_pair,
+    load_rows,
     load_state,
     load_tokens,
     operand,
@@ -19,7 +20,7 @@ from .common import (
 
 @triton.jit
 def keys_backward(
-    q, k, v, dh, p_c, p_c_low, p_e, p_e_low, p_delta, dstate, dnorm,
+    q, k, v, dh, p_c, p_c_low, p_a, p_a_low, p_e, p_delta, dstate, dnorm,
     p_dk, dk_row, p_sums, length, key_tile, padded,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -74,9 +75,10 @@ def keys_backward(
     for y in tl.static_range(COUNT):
         t_q = (FIRST + y) * BS + tl.arange(0, BS)
         b_q = queries[y]
-        e_hi, e_lo = load_pair(p_e, p_e_low, t_q, PAIRS)
-        b_d = exp2_difference(c_hi[:, None], c_lo[:, None], e_hi[None, :], e_lo[None, :], PAIRS)
-        b_ds = (products[y] * SCALE + (tl.load(p_delta + t_q) * SCALE)[None, :]) * b_d
+        a_hi, a_lo, b_scale = load_rows(p_a, p_a_low, p_e, t_q, PAIRS)
+        b_scale *= SCALE
+        b_d = exp2_difference(c_hi[:, None], c_lo[:, None], a_hi[None, :], a_lo[None, :], PAIRS)
+        b_ds = (products[y] * b_scale[None, :] + (tl.load(p_delta + t_q) * b_scale)[None, :]) * b_d
         b_s = dot(b_k, tl.trans(b_q), tl.zeros([BT, BS], tl.float32), PRECISION)
         if (FIRST + y) * BS < ROW + BT:
             b_ds = tl.where(t_q[None, :] >= t_k[:, None], b_ds, 0.0)

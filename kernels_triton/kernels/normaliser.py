@@ -4,13 +4,11 @@ import triton
 import triton.language as tl
 
 from .common import (
-    LOG2E,
     POINTERS,
     contiguous_rows,
     exp2_difference,
     load_pair,
     load_tokens,
-    store_pair,
     token_view,
 )
 from .packing import chunk_count, chunk_span
@@ -33,8 +31,7 @@ def normaliser_backward(
     chunks,  # of packed sequences: see packing.py
     sequences,  # likewise: how many; else 0
     T,
-    e,  # (B, H, NT * L) a + log2 d, d = max(|r|, floor) + eps, or 1 without NORMALIZE; infinite from T on
-    e_low,  # (B, H, NT * L) what e lacks if PAIRS, else unused, one element
+    e,  # (B, H, NT * L) a + log2 d, infinite from T on; if PAIRS 1 / d, 0 from T on. d = max(|r|, floor) + eps, or 1
     delta,  # (B, H, NT * L) d times the cotangent of r: -(dh . h) sign(r) where |r| > floor, else 0
     state_inverse,  # (B, H, NT * L) scale beta / d
     state_delta,  # (B, H, NT * L) scale beta delta / d
@@ -90,14 +87,11 @@ def normaliser_backward(
     b_delta = tl.where(m_t, b_delta, 0.0)
     a_hi, a_lo = load_pair(a, a_low, o_row, PAIRS)
     g_hi, g_lo = load_pair(gamma, gamma_low, head * n_chunks + row // L, PAIRS)
-    b_inverse *= exp2_difference(g_hi, g_lo, a_hi, a_lo, PAIRS) * SCALE
     if PAIRS:
-        b_e = a_hi.to(tl.float64) + a_lo.to(tl.float64) + tl.log(b_d.to(tl.float64)) * LOG2E
-        store_pair(e, e_low, o_row, tl.where(m_t, b_e, float("inf")), o_row >= 0)
+        tl.store(e + o_row, b_inverse)
     else:
         tl.store(e + o_row, tl.where(m_t, a_hi + tl.log2(b_d), float("inf")))
-        if pid == 0:
-            tl.store(e_low, 0.0)
+    b_inverse *= exp2_difference(g_hi, g_lo, a_hi, a_lo, PAIRS) * SCALE
     tl.store(delta + o_row, b_delta)
     tl.store(state_inverse + o_row, b_inverse)
     tl.store(state_delta + o_row, b_inverse * b_delta)

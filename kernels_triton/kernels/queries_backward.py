@@ -8,6 +8,7 @@ from .common import (
     dot,
     exp2_difference,
     load_pair,
+    load_rows,
     load_state,
     load_tokens,
     load_vector,
@@ -20,7 +21,7 @@ from .common import (
 
 @triton.jit
 def queries_backward(
-    q, k, v, dh, p_c, p_c_low, p_e, p_e_low, p_delta, p_state_inverse, p_state_delta, state, p_norm,
+    q, k, v, dh, p_c, p_c_low, p_a, p_a_low, p_e, p_delta, p_state_inverse, p_state_delta, state, p_norm,
     p_dq, dq_row, p_sums, length, key_tile, padded,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -64,11 +65,12 @@ def queries_backward(
     keys = ()  # all loads before the first use: their latencies overlap
     for y in tl.static_range(COUNT):
         keys = keys + (load_tokens(k, y * BS, k_first, BS, K, BK, SOURCE),)
-    b_delta = tl.load(p_delta + t_q) * SCALE
     if SOURCE != GIVEN:
         b_state_inverse = tl.load(p_state_inverse + t_q)
         b_state_delta = tl.load(p_state_delta + t_q)
-    e_hi, e_lo = load_pair(p_e, p_e_low, t_q, PAIRS)
+    a_hi, a_lo, b_scale = load_rows(p_a, p_a_low, p_e, t_q, PAIRS)
+    b_scale *= SCALE
+    b_delta = tl.load(p_delta + t_q) * b_scale
     b_dq *= b_state_inverse[:, None]
     if HAS_NORMS:
         b_dq += b_state_delta[:, None] * load_vector(p_norm, o_k, K, BK)[None, :]
@@ -78,8 +80,8 @@ def queries_backward(
     for y in tl.static_range(COUNT):
         t_k = y * BS + tl.arange(0, BS)
         c_hi, c_lo = load_pair(p_c, p_c_low, t_k, PAIRS)
-        b_d = exp2_difference(c_hi[None, :], c_lo[None, :], e_hi[:, None], e_lo[:, None], PAIRS)
-        b_ds = (products[y] * SCALE + b_delta[:, None]) * b_d
+        b_d = exp2_difference(c_hi[None, :], c_lo[None, :], a_hi[:, None], a_lo[:, None], PAIRS)
+        b_ds = (products[y] * b_scale[:, None] + b_delta[:, None]) * b_d
         b_k = keys[y]
         b_s = dot(b_q, tl.trans(b_k), tl.zeros([BT, BS], tl.float32), PRECISION)
         if (y + 1) * BS > ROW:

@@ -7,6 +7,7 @@ from .common import (
     dot,
     exp2_difference,
     load_pair,
+    load_rows,
     load_state,
     load_tokens,
     operand,
@@ -55,7 +56,7 @@ def _times_state(values, keys, b_dc, BF16: tl.constexpr, PRECISION: tl.constexpr
 
 @triton.jit
 def values_backward(
-    q, k, dh, p_c, p_c_low, p_e, p_e_low, dstate,
+    q, k, dh, p_c, p_c_low, p_a, p_a_low, p_e, dstate,
     p_dv, dv_row, length, share,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -102,9 +103,9 @@ def values_backward(
         alphas = alphas + (exp2_difference(c_hi, c_lo, 0.0, 0.0, PAIRS),)
         for y in tl.static_range(x, COUNT):
             t_q = (FIRST + y) * BS + tl.arange(0, BS)
-            e_hi, e_lo = load_pair(p_e, p_e_low, t_q, PAIRS)
-            b_d = exp2_difference(c_hi[:, None], c_lo[:, None], e_hi[None, :], e_lo[None, :], PAIRS)
-            b_s = scores[len(weighted)] * SCALE * b_d
+            a_hi, a_lo, b_scale = load_rows(p_a, p_a_low, p_e, t_q, PAIRS)
+            b_d = exp2_difference(c_hi[:, None], c_lo[:, None], a_hi[None, :], a_lo[None, :], PAIRS)
+            b_s = scores[len(weighted)] * (b_scale * SCALE)[None, :] * b_d
             if (FIRST + y) * BS < ROW + x * BT + BT:
                 b_s = tl.where(t_q[None, :] >= t_k[:, None], b_s, 0.0)
             weighted = weighted + (operand(b_s, BF16, PRECISION),)
