@@ -4,7 +4,8 @@
 
 The PyTorch side runs the frontend's own executor on tensors without memory, against a driver that only names a target;
 the JAX side lowers the frontend's own executor for CUDA. Exit code 1 if the PTX differs, a kernel does not compile, its
-shared memory exceeds the target's, or its Hopper code has a known defect of the assembler (sass.py).
+shared memory exceeds the target's, its Hopper code has a known defect of the assembler (sass.py), or the assembler
+runs its matrix instructions one at a time.
 """
 
 from __future__ import annotations
@@ -65,11 +66,13 @@ class Compiled:
     shared: int  # bytes per program
     shared_limit: int
     defects: int = 0  # instructions that the assembler got wrong (tools/sass.py)
+    serialised: bool = False  # ptxas' remarks C7510 to C7515: each matrix instruction waits for the one before
     same_as_jax: bool | None = None  # None: no JAX lowering for this target here
 
     @property
     def ok(self) -> bool:
-        return self.shared <= self.shared_limit and self.same_as_jax is not False and not self.defects
+        fits = self.shared <= self.shared_limit
+        return fits and self.same_as_jax is not False and not self.defects and not self.serialised
 
 
 def _problem(heads: str, dtype: str, changes: dict[str, Any]) -> Any:
@@ -132,6 +135,9 @@ def _passes(
         if variant != "recurrent":
             backward = plan.backward_pass(problem, None, True)
             yield variant, backward, {name: known[name] for name in backward.inputs}
+
+
+SERIALISED = "wgmma.mma_async instructions are serialized"
 
 
 class Driver:
@@ -204,7 +210,7 @@ def _through_torch(target: str, heads: str, dtype: str) -> list[tuple[Compiled, 
                 facts = (compiled.name, variant, registers, spills, compiled.metadata.shared, SHARED_MEMORY[target])
                 cubin = compiled.asm["cubin"] if target == "sm_90" else None
                 defects = len(sass.wrong_addresses(sass.disassemble(cubin))) if cubin else 0
-                found[code] = (Compiled(target, heads, dtype, *facts, defects), code)
+                found[code] = (Compiled(target, heads, dtype, *facts, defects, SERIALISED in log), code)
     return list(found.values())
 
 
@@ -264,6 +270,7 @@ def _table(rows: list[Compiled]) -> Table:
         }[x.same_as_jax]
         shared = f"{x.shared:,}" if x.shared <= x.shared_limit else f"[red]{x.shared:,}[/red]"
         spills = f"{x.spills} [red]{x.defects} DEFECTS[/red]" if x.defects else str(x.spills)
+        spills += " [red]ONE PRODUCT AT A TIME[/red]" if x.serialised else ""
         numbers = (str(x.registers), spills, shared, f"{x.shared_limit:,}")
         table.add_row(x.target, x.heads, x.dtype, x.kernel, x.variant, *numbers, same)
     return table
@@ -307,7 +314,8 @@ def main(
     console.print(
         f"Triton {triton.__version__}: {len(rows)} kernels compiled; PTX equal for {sum(same)} of {len(same)} lowered "
         f"through JAX; shared memory within limits for {fitting}; {sum(x.spills > 0 for x in rows)} with spills; "
-        f"{sum(x.defects > 0 for x in rows)} with defects of the assembler"
+        f"{sum(x.defects > 0 for x in rows)} with defects of the assembler; "
+        f"{sum(x.serialised for x in rows)} with matrix instructions one at a time"
     )
     if failures or not all(x.ok for x in rows):
         raise typer.Exit(1)

@@ -93,8 +93,8 @@ def chunk_backward(
 ):  # fmt: skip
     """One program per head, chunk, role (dq, dk or dv), tile of BT tokens and tile of BK keys (dv: as many parts of V).
 
-    dq_i = scale (sum_j<=i dS_ij D_ij k_j + beta_i (C dh_i / d_i + delta_i n)),
-    dk_j = scale sum_i>=j dS_ij D_ij q_i + alpha_j (dC' v_j + dn'), with dS_ij = dh_i . v_j / d_i + delta_i, X = S dS,
+    dq_i = scale (sum_j<=i dS_ij D_ij k_j + beta_i (C dh_i + delta_i n) / d_i),
+    dk_j = scale sum_i>=j dS_ij D_ij q_i + alpha_j (dC' v_j + dn'), with dS_ij = (dh_i . v_j + delta_i) / d_i, X = S dS,
     dv_j = sum_i>=j S_ij dh_i / d_i + alpha_j dC'^T k_j. The programs of a chunk are neighbours: they share its tiles in
     the L2 cache. A program of dv takes SPAN tiles of tokens; the last one, alone if SPAN > 1, adds up <dC', C>.
     """
