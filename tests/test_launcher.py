@@ -1,6 +1,7 @@
 """Kernels compiled for a GPU, through Triton's dispatch and launcher: a later run asks the driver for the same."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -85,3 +86,33 @@ def test_host_time_says_what_shape_it_expects():
     command = [sys.executable, "-m", "tools.host_time", "--shape", "1,2"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[1], timeout=60)
     assert run.returncode == 2 and "expected five numbers B,H,T,K,V from 1" in run.stderr
+
+
+PROBE = """
+import pathlib, sys
+from tools import stub_driver
+stub_driver.activate(pathlib.Path(sys.argv[1]))
+from triton import knobs
+cache = pathlib.Path(knobs.cache.dir)
+from tools import bench_probe, tune_measure
+from tools.bench_cases import IMPLEMENTATIONS, Shape
+from tools.host_time import _calls
+tune_measure.this_architecture = lambda: "sm_90"
+shape = Shape("small", 1, 2, 128, 64, 64)
+bench_probe.compile_ours(next(x for x in IMPLEMENTATIONS if x.name == "ours torch"), shape, "bfloat16")
+before = set(cache.glob("*/*.cubin"))
+calls = _calls(*shape.sizes)
+for name in ("forward", "forward and backward"):
+    calls[name]()
+print(len(before), len(set(cache.glob("*/*.cubin")) - before))
+"""
+
+
+def test_the_benchmark_compiles_beforehand_what_a_call_launches(tmp_path):
+    library = stub_driver.build(tmp_path)
+    command = [sys.executable, "-c", PROBE, str(library)]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    compiled, missed = map(int, done.stdout.split())
+    assert (compiled, missed) == (7, 0)

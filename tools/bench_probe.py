@@ -6,6 +6,7 @@ kernels on Triton 3.6. Such a job is reported as failed instead.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -16,16 +17,18 @@ from tqdm import tqdm
 
 from .bench_cases import DTYPES, IMPLEMENTATIONS, Implementation, Job, Shape
 
-KINDS = ("ours_torch", "mlstm_kernels", "fla")  # those that compile with Triton, outside of XLA
+OURS = "ours_torch"
+KINDS = (OURS, "mlstm_kernels", "fla")  # those that compile with Triton, outside of XLA
 SECONDS = 150
 TOKENS = 1024
 Key = tuple[str, tuple[int, int, int, int, int], str]
 
 
 def key(x: Implementation, job: Job) -> Key:
-    """What is compiled: one short sequence stands for all, forward and backward."""
-    shape = job.shape
-    return x.name, (1, shape.H, min(shape.T, TOKENS), shape.K, shape.V), job.dtype.name
+    """What is compiled, forward and backward: of a peer one short sequence stands for all."""
+    B, H, T, K, V = job.shape.sizes
+    sizes = (B, H, T, K, V) if x.kind == OURS else (1, H, min(T, TOKENS), K, V)
+    return x.name, sizes, job.dtype.name
 
 
 def probe(item: Key) -> str:
@@ -59,8 +62,21 @@ def probe_all(jobs: Iterable[Job], jobs_at_once: int | None = None) -> dict[Key,
     return {item: reason for item, reason in zip(items, reasons, strict=True) if reason}
 
 
+def compile_ours(x: Implementation, shape: Shape, dtype: str) -> None:
+    """Compile what the operator launches on the whole shape: which kernels those are depends on all of it."""
+    from kernels_triton.problem import MIN_DESCRIPTORS
+
+    from . import tune_measure
+
+    options = dict(x.options)
+    problem = tune_measure.make_problem(shape, dtype, tune_measure.this_architecture())
+    large = shape.B * shape.H * shape.T * (shape.K + shape.V) >= MIN_DESCRIPTORS
+    through = problem.descriptors and large and options.pop("descriptors", "") != "0"
+    tune_measure.compile_passes(dataclasses.replace(problem, descriptors=through, **options))
+
+
 def main(name: str, *arguments: str) -> None:
-    """Run one implementation once."""
+    """Compile one implementation, a peer by running it once."""
     from . import bench_implementations
 
     *sizes, dtype_name = arguments
@@ -68,6 +84,8 @@ def main(name: str, *arguments: str) -> None:
     dtype = next(x for x in DTYPES if x.name == dtype_name)
     B, H, T, K, V = map(int, sizes)
     shape = Shape("probe", B, H, T, K, V)
+    if implementation.kind == OURS:
+        return compile_ours(implementation, shape, dtype_name)
     runner = bench_implementations.build(implementation, shape, dtype, "fw+bw", "cuda")
     runner.wait(runner.call(runner.operands(bench_implementations.make_inputs(shape, dtype, "cuda", 0))))
 

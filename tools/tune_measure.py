@@ -124,6 +124,15 @@ def compile_one(shape: Shape, dtype: str, field: str, arch: str, tile: tuple[int
     return resources(compiled, log)[1], compiled.metadata.shared, ""
 
 
+def compile_passes(problem: Problem) -> None:
+    """Compile all that the forward pass launches, alone and for gradients, and the backward pass; needs no memory."""
+    from .compile_check import CompileOnly
+
+    config = config_of(problem)
+    for launch in (*plan.forward_pass(problem, False, config).launches, *_launches(problem, config)):
+        run_one(dataclasses.replace(launch, kernel=CompileOnly(launch.kernel, [])), problem, config)
+
+
 def run_one(launch: Launch, problem: Problem, config: Config) -> None:
     """Launch on tensors without memory."""
     from frontend_torch import executor
