@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from kernels_triton.backend import choose_backend
-from kernels_triton.problem import MIN_DESCRIPTORS, Problem
+from kernels_triton.problem import Problem
 from kernels_triton.validation import check_call
 
 from .executor import ALIGNMENT
@@ -64,7 +64,7 @@ def _descriptors(problem: Problem, backend: str, tensors: Tensors) -> bool:
     q, k, v = (x for x in tensors[:3] if x is not None)
     if backend != "triton" or problem.dtype != "bfloat16" or descriptors == "0" or platform_of(q) != "cuda":
         return False
-    if descriptors != "1" and q.numel() + v.numel() < MIN_DESCRIPTORS:
+    if descriptors != "1" and not problem.large:
         return False
     return architecture_of(q.device) == "sm_90" and all(suits(x) for x in (q, k, v))
 

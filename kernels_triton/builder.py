@@ -173,8 +173,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
             chunk_backward,
             {
                 **tokens,
-                **self._gates_backward("c", "c_low"),
-                **{name: name if self.pairs else None for name in ("a", "a_low")},
+                **self.decays,
                 **{name: name for name in NORMALISER},
                 "states": self._states(tile, "states"),
                 "norms": "norms" if norms else None,

@@ -69,8 +69,7 @@ class FusedBuilder(LaunchBuilder):
             fused_backward,
             {
                 **tokens,
-                **self._gates_backward("c", "c_low"),
-                **{name: name if self.pairs else None for name in ("a", "a_low")},
+                **self.decays,
                 "gamma": "gamma",
                 **{name: name for name in NORMALISER},
                 "states": self._states(tile, "states"),

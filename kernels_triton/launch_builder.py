@@ -61,6 +61,11 @@ class LaunchBuilder:
         return {name: name if self.pairs or not name.endswith("_low") else None for name in names}
 
     @property
+    def decays(self) -> dict[str, str | None]:
+        """The operands that the gradients' decays come from, before what the normaliser's kernel made of a."""
+        return {"c": "c", **{name: name if self.pairs else None for name in ("c_low", "a", "a_low")}}
+
+    @property
     def packing(self) -> dict[str, Operand | None]:
         """The operands that say where chunks are, T last."""
         return {"chunks": "chunks" if self.packed else None, "sequences": self.p.sequences, "T": self.p.T}

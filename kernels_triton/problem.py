@@ -86,6 +86,11 @@ class Problem:
         return self.normalize and self.normalizer_grad == "exact"
 
     @property
+    def large(self) -> bool:
+        """Whether descriptors pay for being made."""
+        return self.B * self.H * self.T * (self.K + self.V) >= MIN_DESCRIPTORS
+
+    @property
     def state_heads(self) -> tuple[int, int]:
         """The leading axes of initial and last states."""
         return (self.sequences or self.B, self.H)

@@ -99,7 +99,7 @@ from tools.bench_cases import IMPLEMENTATIONS, Shape
 from tools.host_time import _calls
 tune_measure.this_architecture = lambda: "sm_90"
 shape = Shape("small", 1, 2, 128, 64, 64)
-bench_probe.compile_ours(next(x for x in IMPLEMENTATIONS if x.name == "ours torch"), shape, "bfloat16")
+bench_probe.compile_ours(next(x for x in IMPLEMENTATIONS if x.name == sys.argv[2]), shape, "bfloat16")
 before = set(cache.glob("*/*.cubin"))
 calls = _calls(*shape.sizes)
 for name in ("forward", "forward and backward"):
@@ -108,9 +108,10 @@ print(len(before), len(set(cache.glob("*/*.cubin")) - before))
 """
 
 
-def test_the_benchmark_compiles_beforehand_what_a_call_launches(tmp_path):
+@pytest.mark.parametrize("name", ["ours torch", "ours torch, pointers"])
+def test_the_benchmark_compiles_beforehand_what_a_call_launches(name, tmp_path):
     library = stub_driver.build(tmp_path)
-    command = [sys.executable, "-c", PROBE, str(library)]
+    command = [sys.executable, "-c", PROBE, str(library), name]
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

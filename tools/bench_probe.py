@@ -64,14 +64,12 @@ def probe_all(jobs: Iterable[Job], jobs_at_once: int | None = None) -> dict[Key,
 
 def compile_ours(x: Implementation, shape: Shape, dtype: str) -> None:
     """Compile what the operator launches on the whole shape: which kernels those are depends on all of it."""
-    from kernels_triton.problem import MIN_DESCRIPTORS
-
     from . import tune_measure
 
     options = dict(x.options)
     problem = tune_measure.make_problem(shape, dtype, tune_measure.this_architecture())
-    large = shape.B * shape.H * shape.T * (shape.K + shape.V) >= MIN_DESCRIPTORS
-    through = problem.descriptors and large and options.pop("descriptors", "") != "0"
+    wish = options.pop("descriptors", "")
+    through = problem.descriptors and problem.large and wish != "0"
     tune_measure.compile_passes(dataclasses.replace(problem, descriptors=through, **options))
 
 

@@ -36,6 +36,7 @@ HEADS = ("64x64", "128x128", "128x256", "256x512")
 DTYPES = ("bfloat16", "float32")
 B, H, T = 2, 4, 520  # only strides come from these; T is ragged
 LONG, SEQUENCES = 2100, 3  # of packed sequences: long enough for scans in segments
+SERIALISED = "wgmma.mma_async instructions are serialized"  # ptxas' remarks C7510 to C7515
 # By name, the operator's options that other kernels come from.
 VARIANTS: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -66,7 +67,7 @@ class Compiled:
     shared: int  # bytes per program
     shared_limit: int
     defects: int = 0  # instructions that the assembler got wrong (tools/sass.py)
-    serialised: bool = False  # ptxas' remarks C7510 to C7515: each matrix instruction waits for the one before
+    serialised: bool = False  # each matrix instruction waits for the one before
     same_as_jax: bool | None = None  # None: no JAX lowering for this target here
 
     @property
@@ -135,9 +136,6 @@ def _passes(
         if variant != "recurrent":
             backward = plan.backward_pass(problem, None, True)
             yield variant, backward, {name: known[name] for name in backward.inputs}
-
-
-SERIALISED = "wgmma.mma_async instructions are serialized"
 
 
 class Driver:

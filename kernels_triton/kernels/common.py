@@ -243,7 +243,7 @@ def load_pair(x, x_low, o, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def load_rows(p_a, p_a_low, p_e, o, PAIRS: tl.constexpr):
+def load_row_decays(p_a, p_a_low, p_e, o, PAIRS: tl.constexpr):
     """Of rows o: the pair whose decays they take, and what is left of 1 / d as a factor.
 
     Without PAIRS d is in the exponent. There it would cost as many digits as its logarithm has.

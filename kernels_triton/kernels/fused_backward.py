@@ -26,7 +26,7 @@ from .values_backward import values_backward
 
 
 @triton.jit
-def trace(b_c, b_dc, BV: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr):
+def _trace(b_c, b_dc, BV: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr):
     """<C, dC> as the trace of C^T dC: registers do not read C then, and it is fetched ahead."""
     b_x = tl.zeros([BV, BV], tl.float32)
     b_x = dot(tl.trans(operand(b_c, BF16, PRECISION)), operand(b_dc, BF16, PRECISION), b_x, PRECISION)
@@ -129,7 +129,7 @@ def fused_backward(
             b_n = load_vector(norms + o_chunk * K, o_k, K, BK)
         b_dh = load_tokens(token_view(dh, dh_sb, dh_sh, dh_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, V, BV, SOURCE)
         b_c = load_state(state_view(states, o_chunk, K, V, SOURCE), 0, 0, K, V, BK, BV, SOURCE)
-        product = trace(b_c, b_state, BV, BF16, PRECISION)
+        product = _trace(b_c, b_state, BV, BF16, PRECISION)
         if HAS_NORMS:
             product += tl.sum(b_norm * b_n, 0)
         tl.store(inner + o_chunk, product)

@@ -8,7 +8,7 @@ from .common import (
     exp2_difference,
     load_norm,
     load_pair,
-    load_rows,
+    load_row_decays,
     load_state,
     load_tokens,
     operand,
@@ -75,7 +75,7 @@ def keys_backward(
     for y in tl.static_range(COUNT):
         t_q = (FIRST + y) * BS + tl.arange(0, BS)
         b_q = queries[y]
-        a_hi, a_lo, b_scale = load_rows(p_a, p_a_low, p_e, t_q, PAIRS)
+        a_hi, a_lo, b_scale = load_row_decays(p_a, p_a_low, p_e, t_q, PAIRS)
         b_scale *= SCALE
         b_d = exp2_difference(c_hi[:, None], c_lo[:, None], a_hi[None, :], a_lo[None, :], PAIRS)
         b_ds = (products[y] * b_scale[None, :] + (tl.load(p_delta + t_q) * b_scale)[None, :]) * b_d

@@ -8,7 +8,7 @@ from .common import (
     dot,
     exp2_difference,
     load_pair,
-    load_rows,
+    load_row_decays,
     load_state,
     load_tokens,
     load_vector,
@@ -68,7 +68,7 @@ def queries_backward(
     if SOURCE != GIVEN:
         b_state_inverse = tl.load(p_state_inverse + t_q)
         b_state_delta = tl.load(p_state_delta + t_q)
-    a_hi, a_lo, b_scale = load_rows(p_a, p_a_low, p_e, t_q, PAIRS)
+    a_hi, a_lo, b_scale = load_row_decays(p_a, p_a_low, p_e, t_q, PAIRS)
     b_scale *= SCALE
     b_delta = tl.load(p_delta + t_q) * b_scale
     b_dq *= b_state_inverse[:, None]

@@ -7,7 +7,7 @@ from .common import (
     dot,
     exp2_difference,
     load_pair,
-    load_rows,
+    load_row_decays,
     load_state,
     load_tokens,
     operand,
@@ -103,7 +103,7 @@ def values_backward(
         alphas = alphas + (exp2_difference(c_hi, c_lo, 0.0, 0.0, PAIRS),)
         for y in tl.static_range(x, COUNT):
             t_q = (FIRST + y) * BS + tl.arange(0, BS)
-            a_hi, a_lo, b_scale = load_rows(p_a, p_a_low, p_e, t_q, PAIRS)
+            a_hi, a_lo, b_scale = load_row_decays(p_a, p_a_low, p_e, t_q, PAIRS)
             b_d = exp2_difference(c_hi[:, None], c_lo[:, None], a_hi[None, :], a_lo[None, :], PAIRS)
             b_s = scores[len(weighted)] * (b_scale * SCALE)[None, :] * b_d
             if (FIRST + y) * BS < ROW + x * BT + BT:
