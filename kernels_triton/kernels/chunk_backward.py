@@ -96,11 +96,14 @@ def chunk_backward(
     dq_i = scale (sum_j<=i dS_ij D_ij k_j + beta_i (C dh_i + delta_i n) / d_i),
     dk_j = scale sum_i>=j dS_ij D_ij q_i + alpha_j (dC' v_j + dn'), with dS_ij = (dh_i . v_j + delta_i) / d_i, X = S dS,
     dv_j = sum_i>=j S_ij dh_i / d_i + alpha_j dC'^T k_j. The programs of a chunk are neighbours: they share its tiles in
-    the L2 cache. A program of dv takes SPAN tiles of tokens; the last one, alone if SPAN > 1, adds up <dC', C>.
+    the L2 cache. A program of dv takes SPAN tiles of tokens. <dC', C> is found with the last tile of dk, or
+    else by the last program, which is of its own if SPAN > 1.
     """
     NKT: tl.constexpr = (K + BK - 1) // BK
     NRT: tl.constexpr = L // BT
-    ROLES: tl.constexpr = 2 * NRT + NRT // SPAN + (SPAN > 1)
+    # In bfloat16 the matrix units find it; others need the digits of float32.
+    TRACE: tl.constexpr = HAS_INNER and BF16
+    ROLES: tl.constexpr = 2 * NRT + NRT // SPAN + (HAS_INNER and SPAN > 1 and not TRACE)
     pid = tl.program_id(0).to(tl.int64)
     n_chunks = chunk_count(T, sequences, L, PACKED)
     padded = n_chunks.to(tl.int64) * L
@@ -124,6 +127,7 @@ def chunk_backward(
     p_norm = norms + o_chunk * K
     dstate = state_view(dstates, o_chunk, K, V, SOURCE)
     p_dnorm = dnorms + o_chunk * K
+    p_inner = inner + (head * NKT + key_tile) * n_chunks + n
     if PACKED:
         if length <= 0:
             return
@@ -139,8 +143,9 @@ def chunk_backward(
             keys_backward(
                 q_view, k_view, v_view, dh_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row,
                 e + o_row, delta + o_row, dstate, p_dnorm,
-                dk + o_dk, dk_row, cols + o_sums, length, key_tile, padded,
-                K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, SOURCE, SOURCE, BF16, PRECISION,
+                state, p_norm, dk + o_dk, dk_row, cols + o_sums, p_inner, length, key_tile, padded,
+                K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, TRACE and tile == NRT - 1, PAIRS, SOURCE, SOURCE,
+                BF16, PRECISION,
             )  # fmt: skip
         if tile % SPAN == 0:
             if role == 2 * NRT + tile // SPAN:
@@ -149,7 +154,6 @@ def chunk_backward(
                     dstate, dv + o_dv, dv_row, length, key_tile,
                     K, V, BT, BK, BV, L, BS, tile, SPAN, SCALE, PAIRS, SOURCE, SOURCE, BF16, PRECISION,
                 )  # fmt: skip
-    if HAS_INNER:
+    if HAS_INNER and not TRACE:
         if role == ROLES - 1:  # the program with the least to do
-            p_inner = inner + (head * NKT + key_tile) * n_chunks + n
             _state_product(state, dstate, p_norm, p_dnorm, p_inner, key_tile, K, V, BK, BV, HAS_NORMS, SOURCE)

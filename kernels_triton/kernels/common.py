@@ -197,6 +197,19 @@ def inner_product(x, y, SIZE: tl.constexpr):
 
 
 @triton.jit
+def add_products(b_x, b_c, b_dc, BF16: tl.constexpr, PRECISION: tl.constexpr):
+    """b_x + C^T dC, whose trace is <C, dC>: registers do not read the tiles then, and they are fetched ahead."""
+    return dot(tl.trans(operand(b_c, BF16, PRECISION)), operand(b_dc, BF16, PRECISION), b_x, PRECISION)
+
+
+@triton.jit
+def trace(b_x, N: tl.constexpr):
+    """The sum of an [N, N] accumulator's diagonal."""
+    o = tl.arange(0, N)
+    return inner_product(b_x, tl.where(o[:, None] == o[None, :], 1.0, 0.0), N * N)
+
+
+@triton.jit
 def rows_times_accumulator(x, accumulator, PRECISION: tl.constexpr, SOURCE: tl.constexpr):
     """sum_k x_k accumulator_k of each row, in one order however x was read: that of the accumulator's layout.
 

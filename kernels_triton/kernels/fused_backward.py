@@ -6,32 +6,23 @@ import triton.language as tl
 from .common import (
     GIVEN,
     POINTERS,
+    add_products,
     contiguous_rows,
-    dot,
     inner_product,
     load_state,
     load_tokens,
     load_vector,
-    operand,
     state_view,
     store_state,
     store_vector,
     token_view,
+    trace,
 )
 from .fused import advance
 from .keys_backward import keys_backward
 from .packing import chunk_count, sequence_span
 from .queries_backward import queries_backward
 from .values_backward import values_backward
-
-
-@triton.jit
-def _trace(b_c, b_dc, BV: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr):
-    """<C, dC> as the trace of C^T dC: registers do not read C then, and it is fetched ahead."""
-    b_x = tl.zeros([BV, BV], tl.float32)
-    b_x = dot(tl.trans(operand(b_c, BF16, PRECISION)), operand(b_dc, BF16, PRECISION), b_x, PRECISION)
-    o_v = tl.arange(0, BV)
-    return inner_product(b_x, tl.where(o_v[:, None] == o_v[None, :], 1.0, 0.0), BV * BV)
 
 
 @triton.jit(
@@ -129,7 +120,7 @@ def fused_backward(
             b_n = load_vector(norms + o_chunk * K, o_k, K, BK)
         b_dh = load_tokens(token_view(dh, dh_sb, dh_sh, dh_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, V, BV, SOURCE)
         b_c = load_state(state_view(states, o_chunk, K, V, SOURCE), 0, 0, K, V, BK, BV, SOURCE)
-        product = _trace(b_c, b_state, BV, BF16, PRECISION)
+        product = trace(add_products(tl.zeros([BV, BV], tl.float32), b_c, b_state, BF16, PRECISION), BV)
         if HAS_NORMS:
             product += tl.sum(b_norm * b_n, 0)
         tl.store(inner + o_chunk, product)
@@ -144,8 +135,8 @@ def fused_backward(
         keys_backward(
             (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row,
             e + o_row, delta + o_row, (b_state,), b_norm,
-            dk + o_dk, dk_row, cols + o_sums, t_end - t, 0, padded,
-            K, V, L, BK, BV, L, L, 0, SCALE, HAS_NORMS, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
+            (b_c,), b_norm, dk + o_dk, dk_row, cols + o_sums, inner, t_end - t, 0, padded,
+            K, V, L, BK, BV, L, L, 0, SCALE, HAS_NORMS, False, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         values_backward(
             (b_q,), (b_k,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row, e + o_row, (b_state,),

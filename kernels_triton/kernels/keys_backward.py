@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .common import (
+    add_products,
     dot,
     exp2_difference,
     load_norm,
@@ -14,6 +15,7 @@ from .common import (
     operand,
     rows_times_accumulator,
     store_tokens,
+    trace,
     zeros_tuple,
 )
 
@@ -21,7 +23,7 @@ from .common import (
 @triton.jit
 def keys_backward(
     q, k, v, dh, p_c, p_c_low, p_a, p_a_low, p_e, p_delta, dstate, dnorm,
-    p_dk, dk_row, p_sums, length, key_tile, padded,
+    state, norm, p_dk, dk_row, p_sums, p_inner, length, key_tile, padded,
     K: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
@@ -32,13 +34,14 @@ def keys_backward(
     TILE: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_NORMS: tl.constexpr,
+    INNER: tl.constexpr,
     PAIRS: tl.constexpr,
     SOURCE: tl.constexpr,
     STATES: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk of the chunk's tile TILE, against its rows from there on, for BK keys.
+    """dk of the chunk's tile TILE, against its rows from there on, for BK keys; <dC', C> + dn'.n too if INNER.
 
     Scores are computed transposed, keys on the rows, so that no product's result is ever transposed.
     """
@@ -51,6 +54,7 @@ def keys_backward(
 
     products = zeros_tuple(COUNT, BT, BS)
     b_dk = tl.zeros([BT, BK], tl.float32)
+    b_product = tl.zeros([BV, BV], tl.float32)
     for v0 in range(0, V, BV):
         b_v = load_tokens(v, ROW, v0, BT, V, BV, SOURCE)
         updated = ()
@@ -60,6 +64,14 @@ def keys_backward(
         products = updated
         b_dc = load_state(dstate, k_first, v0, K, V, BK, BV, STATES)
         b_dk = dot(operand(b_v, BF16, PRECISION), tl.trans(operand(b_dc, BF16, PRECISION)), b_dk, PRECISION)
+        if INNER:
+            b_c = load_state(state, k_first, v0, K, V, BK, BV, STATES)
+            b_product = add_products(b_product, b_c, b_dc, BF16, PRECISION)
+    if INNER:
+        product = trace(b_product, BV)
+        if HAS_NORMS:
+            product += tl.sum(load_norm(norm, o_k, K, BK, STATES) * load_norm(dnorm, o_k, K, BK, STATES), 0)
+        tl.store(p_inner, product)
 
     b_k = load_tokens(k, ROW, k_first, BT, K, BK, SOURCE)
     queries = ()  # all loads before the first use: their latencies overlap
