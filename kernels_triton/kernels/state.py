@@ -217,16 +217,16 @@ def state_scan(
         t = tl.minimum(t, end - 1)
         x_view = token_view(x, x_sb, x_sh, x_st, head, t, end, H, UNIT, SOURCE)
         y_view = token_view(y, y_sb, y_sh, y_st, head, t, end, H, UNIT, SOURCE)
-        b_x = tl.trans(load_tokens(x_view, 0, k0, BT, K, BK, SOURCE)).to(tl.float32)  # [BK, BT]
+        b_x = load_tokens(x_view, 0, k0, BT, K, BK, SOURCE)
         b_y = load_tokens(y_view, 0, v0, BT, V, BV, SOURCE)
-        b_xw = b_x * b_w[None, :]
+        b_xw = tl.trans(b_x).to(tl.float32) * b_w[None, :]  # [BK, BT]
         # Forward no weight exceeds 1. Backward float16 would have to hold any, and beside it the smallest that counts.
         if not BACKWARD and b_y.dtype == tl.float16:
             b_state = dot(b_xw.to(tl.float16), b_y, b_state, PRECISION)
         else:
             b_state = dot(operand(b_xw, BF16, PRECISION), operand(b_y, BF16, PRECISION), b_state, PRECISION)
         if HAS_NORMS and vt == 0:
-            b_norm += tl.sum(b_x * b_u[None, :], 1)
+            b_norm += tl.sum(b_x.to(tl.float32) * b_u[:, None], 0)
 
     if SEGMENTS == SUM:
         o_sum = o_sums + (first // 4 if PACKED else rank)
