@@ -196,6 +196,19 @@ def test_pictures(report, tmp_path):
     assert bench_plot.draw_all(Report({}), tmp_path) == []
 
 
+def test_bars_stand_over_their_shape(report):
+    """Of a shape that only the first implementation ran, too."""
+    first = report.rows[0].implementation
+    rows = [row for row in report.rows if row.shape != "AT" or row.implementation == first]
+    (axes,) = bench_plot.memory(Report(report.facts, report.ceilings, rows, 1.0, True)).axes
+    least, most = axes.get_xlim()
+    bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches]
+    assert all(least < left and right < most for left, right in bars)
+    for place in axes.get_xticks():
+        over = [x for bar in bars for x in bar if abs(sum(bar) / 2 - place) < 0.5]
+        assert (min(over) + max(over)) / 2 == pytest.approx(place)
+
+
 def command(tmp_path, *options):
     return [sys.executable, "-m", "tools.bench", "--json", str(tmp_path / "out.json"), *options]
 

@@ -193,18 +193,25 @@ def memory(report: Report) -> Figure | None:
         return None
     looks = _looks(row.implementation for row in rows)
     shapes = list(dict.fromkeys(row.shape for row in rows))
+    groups = [[row for row in rows if row.shape == shape] for shape in shapes]
     width = 0.84 / len(looks)
     figure, axes = plt.subplots(figsize=(max(8.0, 1.9 * len(shapes)), 5.8), layout="constrained")
-    for n, (name, look) in enumerate(looks.items()):
-        mine = {row.shape: (row.peak_bytes or 0) / 1e9 for row in rows if row.implementation == name}
-        places = [shapes.index(shape) - 0.42 + (n + 0.5) * width for shape in mine]
-        axes.bar(places, list(mine.values()), width * 0.92, color=look["color"], label=name)
+    for name, look in looks.items():
+        bars = [
+            (place + (n - (len(group) - 1) / 2) * width, (row.peak_bytes or 0) / 1e9)
+            for place, group in enumerate(groups)
+            for n, row in enumerate(group)
+            if row.implementation == name
+        ]
+        places, heights = zip(*bars, strict=True)
+        axes.bar(places, heights, width * 0.92, color=look["color"], label=name)
     sizes = {row.shape: ",".join(map(str, row.sizes)) for row in rows}
     axes.set_xticks(range(len(shapes)), [f"{shape}\n{sizes[shape]}" for shape in shapes], fontsize=8)
+    axes.set_xlim(-0.6, len(shapes) - 0.4)
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("peak memory (GB)")
     title = f"Peak memory of forward and backward, inputs, outputs and gradients included, {rows[0].dtype}"
-    axes.set_title(f"{title}; {_machine(report)}", fontsize=11)
+    axes.set_title(f"{title}\n{_machine(report)}", fontsize=11)
     axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     return figure
 
