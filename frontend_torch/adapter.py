@@ -157,6 +157,6 @@ def run_kernels(call: Call, tensors: Tensors, last: bool) -> tuple[Tensor, tuple
     if _recorded(tensors):
         h, *states = _Chunkwise.apply(call.problem, call.backend, last, *tensors)
     else:  # nothing for autograd to see, whose wrapping takes as long as a launch
-        results = run(_forward_pass(call.problem, False, last), _named(tensors), call.backend)
+        results = run(_forward_pass(call.alone, False, last), _named(tensors), call.backend)
         h, *states = (results[name] for name in _results(last))
     return (h.transpose(1, 2) if call.transposed else h), tuple(states)

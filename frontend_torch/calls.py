@@ -32,6 +32,7 @@ class Call:
     """What is settled before the kernels run, for arguments of given shapes, strides and dtypes."""
 
     problem: Problem
+    alone: Problem  # of a forward pass without gradients: it may go through descriptors where `problem` does not
     backend: str
     transposed: bool  # tokens before heads in memory, though not in the layout
 
@@ -54,17 +55,20 @@ def _settle(problem: Problem, backend: str, tensors: Tensors) -> Call:
         strides=tuple(strides.items()),
         layout="bthd" if transposed else problem.layout,
         arch=architecture_of(q.device),
-        descriptors=_descriptors(problem, backend, tensors),
     )
-    return Call(problem, backend, transposed)
+    ways = (
+        dataclasses.replace(problem, descriptors=_descriptors(problem, backend, tensors, recorded))
+        for recorded in (True, False)
+    )
+    return Call(*ways, backend, transposed)
 
 
-def _descriptors(problem: Problem, backend: str, tensors: Tensors) -> bool:
-    """Whether this call reads its tensors through descriptors: on Hopper, where they were measured."""
+def _descriptors(problem: Problem, backend: str, tensors: Tensors, recorded: bool) -> bool:
+    """Whether a pass reads its tensors through descriptors: on Hopper, where they were measured."""
     q, k, v = (x for x in tensors[:3] if x is not None)
     if backend != "triton" or problem.dtype != "bfloat16" or descriptors == "0" or platform_of(q) != "cuda":
         return False
-    if descriptors != "1" and not problem.large:
+    if descriptors != "1" and not problem.pays(recorded):
         return False
     return architecture_of(q.device) == "sm_90" and all(suits(x) for x in (q, k, v))
 
@@ -79,7 +83,7 @@ def _settled(key: Any, tensors: Tensors) -> Call | None:
         call = _calls.get(key)
     except TypeError:  # an option that is not hashable, and so not valid: the checks will say so
         return None
-    if call is None or (call.problem.descriptors and not _aligned(tensors)):
+    if call is None or (call.alone.descriptors and not _aligned(tensors)):
         return None
     return call
 
@@ -118,7 +122,7 @@ def settle(tensors: Tensors, options: Mapping[str, Any], form: str = "chunkwise"
         backend = choose_backend(options["backend"], platform_of(q))
         given = tensors
         if backend == "reference":
-            call = Call(problem, backend, transposed=False)
+            call = Call(problem, problem, backend, transposed=False)
         else:
             tensors = tuple(readable_argument(n, x, problem.layout) for n, x in zip(ARGUMENTS, tensors, strict=False))
             call = _settle(problem, backend, tensors)

@@ -40,7 +40,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     given, options, form = _named(arguments)
     call, tensors = settle(given, options, form)
     env = {name: x for name, x in zip((*NAMES, *PACKED), tensors, strict=True) if x is not None}
-    results = run(plan.forward_pass(call.problem, arguments[-1], None, True), env, call.backend)
+    save = arguments[-1]
+    results = run(plan.forward_pass(call.problem if save else call.alone, save, None, True), env, call.backend)
     if call.transposed:
         results["h"] = results["h"].transpose(1, 2)
     q = given[0]

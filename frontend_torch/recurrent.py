@@ -98,7 +98,7 @@ def _settle(
         for name, x in zip(STEP[:5], given[:5], strict=True)
     )
     problem = dataclasses.replace(problem, strides=strides, arch=architecture_of(tensors[0].device))
-    call = Call(problem, backend, transposed=False)
+    call = Call(problem, problem, backend, transposed=False)
     if all(x is y for x, y in zip(given, tensors, strict=True)):
         if len(_settled) >= MAX_STEPS:
             _settled.clear()

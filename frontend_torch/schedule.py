@@ -43,7 +43,7 @@ class Step:
     compiled: Any
     pick: Callable[[Sequence[Any]], tuple[Any, ...]]
     made: tuple[tuple[int, str, tuple[int, ...], torch.dtype], ...]  # buffers of their own: number, name, shape, dtype
-    read: tuple[tuple[int, Descriptor], ...]  # descriptors to make first, by number
+    read: tuple[tuple[int, int, Descriptor], ...]  # descriptors to make first: number, that of the buffer
     spent: tuple[str, ...]  # buffers that nothing needs after it
 
 
@@ -85,15 +85,12 @@ class Schedule:
                 if values[number] is None:
                     own[name] = x = torch.empty(shape, dtype=dtype, device=device)
                     values[number] = x.data_ptr()
-            for number, descriptor in step.read:
-                buffer = descriptor.buffer
-                values[number] = as_descriptor(descriptor, own[buffer] if buffer in own else tensors[buffer])
+            for number, buffer, descriptor in step.read:
+                values[number] = descriptor_at(descriptor, values[buffer])
             if watched:
                 _as_triton_does(step.compiled, *step.pick(values))
             else:
                 step.launch(*step.pick(values))
-            for number, _ in step.read:
-                values[number] = None  # it holds its tensor
             for name in step.spent:
                 own.pop(name, None)
         return own
@@ -105,11 +102,36 @@ def _as_triton_does(compiled: Any, *arguments: Any) -> None:
     compiled[grid](*arguments[BEFORE:], stream=stream)
 
 
-def as_descriptor(x: Descriptor, tensor: Tensor) -> Any:
-    """Triton's descriptor of a tensor."""
-    from triton.tools.tensor_descriptor import TensorDescriptor  # only where there is a GPU
+@functools.cache
+def _descriptor_type() -> Any:
+    """Triton's, only where there is a GPU."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(tensor, list(x.shape), list(x.strides), list(x.block))
+    return TensorDescriptor
+
+
+def as_descriptor(x: Descriptor, tensor: Tensor) -> Any:
+    """Triton's descriptor of a tensor, checked."""
+    return _descriptor_type()(tensor, list(x.shape), list(x.strides), list(x.block))
+
+
+class Place:
+    """An address, for who asks a tensor for its own."""
+
+    __slots__ = ("address",)
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def descriptor_at(x: Descriptor, address: int) -> Any:
+    """`as_descriptor` of a tensor there, like one that has been checked: checks take five times as long as this."""
+    made = object.__new__(_descriptor_type())  # what is not set is the class's default
+    made.base, made.shape, made.strides, made.block_shape = Place(address), x.shape, x.strides, x.block
+    return made
 
 
 class _Numbers:
@@ -148,7 +170,9 @@ def _step(launch: Launch, compiled: Any, own: Container[str], numbers: _Numbers,
     kernel = numbers.new(compiled.function), numbers.new(compiled.packed_metadata)
     before = [*grid, numbers.names[STREAM], *kernel, *[numbers.constant(None)] * 3]
     chosen = [numbers.of(x) for x in launch.arguments]
-    read = tuple((n, x) for n, x in zip(chosen, launch.arguments, strict=True) if isinstance(x, Descriptor))
+    read = tuple(
+        (n, numbers.of(x.buffer), x) for n, x in zip(chosen, launch.arguments, strict=True) if isinstance(x, Descriptor)
+    )
     made = tuple(
         (numbers.of(name), name, spec.shape, dtype_of(spec.dtype))
         for name, spec in launch.outputs.values()

@@ -15,9 +15,10 @@ MIN_CHUNK, MAX_CHUNK = 16, 512
 LONGEST_CHUNK = 256
 # Offsets inside a chunk are computed in 32 bits: the most elements from one token to the next.
 MAX_TOKEN_STRIDE = 2**31 // MAX_CHUNK - 1
-# Elements of q and v together from which descriptors pay for being made: some 20 us of the host's time each, in a pass
-# that takes a GPU as long as the host.
+# Elements of q and v together from which descriptors pay for the host's time that they take: in passes with gradients,
+# where the host has more to do besides, and in a forward pass alone.
 MIN_DESCRIPTORS = 2**27
+MIN_DESCRIPTORS_ALONE = 2**25
 INPUT_DTYPES = ("float32", "bfloat16", "float16")
 GATE_DTYPES = (*INPUT_DTYPES, "float64")
 C_DTYPES = ("float32", "bfloat16")  # of the state that the recurrent form takes
@@ -85,10 +86,10 @@ class Problem:
         """Whether gradients flow through a normaliser."""
         return self.normalize and self.normalizer_grad == "exact"
 
-    @property
-    def large(self) -> bool:
-        """Whether descriptors pay for being made."""
-        return self.B * self.H * self.T * (self.K + self.V) >= MIN_DESCRIPTORS
+    def pays(self, recorded: bool) -> bool:
+        """Whether descriptors pay for being made; recorded: in a pass with gradients, or for one."""
+        least = MIN_DESCRIPTORS if recorded else MIN_DESCRIPTORS_ALONE
+        return self.B * self.H * self.T * (self.K + self.V) >= least
 
     @property
     def state_heads(self) -> tuple[int, int]:

@@ -33,7 +33,7 @@ for _ in range(3):
 own = {x.data_ptr() for x in tensors.values()}
 launches = stub_driver.launches(stub)
 for x in launches:  # where a run's own buffers lie differs from run to run
-    x.update({n: x[n] if x[n] in own else "own" for n in stub_driver.FIELDS[4:]})
+    x.update({n: x[n] if x[n] in own else "own" for n in stub_driver.FIELDS[5:]})
 kept = len(forward.kept) + len(backward.kept)
 each = len(forward.launches + backward.launches)
 
@@ -68,7 +68,48 @@ def test_a_later_run_asks_the_driver_for_the_same(tmp_path, sizes, descriptors):
     assert launches[each : 2 * each] == first and launches[2 * each :] == first
     assert len({x["function"] for x in first}) == each
     assert any(x["first"] != "own" for x in first)
+    assert any(x["maps"] for x in first) == descriptors
     assert hooked  # who hooks launches, as profilers do, sees each once; else nobody is asked
+
+
+WAYS = """
+import json, pathlib, sys
+from tools import stub_driver
+stub = stub_driver.activate(pathlib.Path(sys.argv[1]))
+import torch
+import frontend_torch
+from frontend_torch import calls
+from kernels_triton import problem
+calls.choose_backend = lambda backend, platform: "triton"
+calls.architecture_of = lambda device: "sm_90"
+calls.platform_of = lambda tensor: "cuda"
+B, H, T, K, V = 1, 2, 128, 64, 64
+elements = B * H * T * (K + V)
+problem.MIN_DESCRIPTORS, problem.MIN_DESCRIPTORS_ALONE = elements + 1, elements + int(sys.argv[2])
+draw = lambda *dims, dtype=torch.bfloat16: torch.randn(dims, dtype=dtype)
+tensors = [draw(B, H, T, D) for D in (K, K, V)] + [draw(B, H, T, dtype=torch.float32) for _ in range(2)]
+found = []
+for gradients in (False, True):
+    leaves = [x.clone().requires_grad_(gradients) for x in tensors]
+    before = stub.stub_count()
+    for _ in range(2):
+        h = frontend_torch.mlstm_chunkwise(*leaves)
+        if gradients:
+            torch.autograd.grad(h, leaves, torch.ones_like(h))
+    found.append([bool(x["maps"]) for x in stub_driver.launches(stub)[before:]])
+print(json.dumps([[any(found[n][: len(found[n]) // 2]), any(found[n][len(found[n]) // 2 :])] for n in (0, 1)]))
+"""
+
+
+@pytest.mark.parametrize("more, expected", [(0, [[True, True], [False, False]]), (1, [[False, False], [False, False]])])
+def test_a_forward_pass_alone_goes_through_descriptors_from_fewer_elements_on(tmp_path, more, expected):
+    """The first run and a later one, without gradients and with them."""
+    library = stub_driver.build(tmp_path)
+    root = pathlib.Path(__file__).parents[1]
+    command = [sys.executable, "-c", WAYS, str(library), str(more)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert json.loads(run.stdout.splitlines()[-1]) == expected
 
 
 def test_host_time():

@@ -69,8 +69,12 @@ def compile_ours(x: Implementation, shape: Shape, dtype: str) -> None:
     options = dict(x.options)
     problem = tune_measure.make_problem(shape, dtype, tune_measure.this_architecture())
     wish = options.pop("descriptors", "")
-    through = problem.descriptors and problem.large and wish != "0"
-    tune_measure.compile_passes(dataclasses.replace(problem, descriptors=through, **options))
+    problem = dataclasses.replace(problem, **options)
+    recorded, alone = (
+        dataclasses.replace(problem, descriptors=problem.descriptors and problem.pays(x) and wish != "0")
+        for x in (True, False)
+    )
+    tune_measure.compile_passes(recorded, alone)
 
 
 def main(name: str, *arguments: str) -> None:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 
-FIELDS = ("function", "grid", "threads", "shared", "first", "second", "third")
+FIELDS = ("function", "grid", "threads", "shared", "maps", "first", "second", "third")
 
 
 def build(folder: pathlib.Path) -> pathlib.Path:

@@ -124,12 +124,12 @@ def compile_one(shape: Shape, dtype: str, field: str, arch: str, tile: tuple[int
     return resources(compiled, log)[1], compiled.metadata.shared, ""
 
 
-def compile_passes(problem: Problem) -> None:
-    """Compile all that the forward pass launches, alone and for gradients, and the backward pass; needs no memory."""
+def compile_passes(problem: Problem, alone: Problem) -> None:
+    """Compile all that the passes launch, and a forward pass without gradients of `alone`; needs no memory."""
     from .compile_check import CompileOnly
 
     config = config_of(problem)
-    for launch in (*plan.forward_pass(problem, False, config).launches, *_launches(problem, config)):
+    for launch in (*plan.forward_pass(alone, False, config).launches, *_launches(problem, config)):
         run_one(dataclasses.replace(launch, kernel=CompileOnly(launch.kernel, [])), problem, config)
 
 
