@@ -125,12 +125,7 @@ class Pass:
 
     @functools.cached_property
     def arenas(self) -> tuple[Arena, Arena]:
-        """Of the small buffers to save, and of those that nothing needs after the pass.
-
-        None where a descriptor is read: that needs a tensor, and such a pass is large.
-        """
-        if any(launch.reads_descriptors for launch in self.launches):
-            return Arena({}, 0), Arena({}, 0)
+        """Of the small buffers to save, and of those that nothing needs after the pass."""
         sizes = {name: math.prod(spec.shape) * WIDTHS[spec.dtype] for name, spec in self.specs.items()}
         small = {name: size for name, size in sizes.items() if size <= SMALL}
         scratch = [name for name in small if name not in self.results]
