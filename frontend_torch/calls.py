@@ -56,11 +56,10 @@ def _settle(problem: Problem, backend: str, tensors: Tensors) -> Call:
         layout="bthd" if transposed else problem.layout,
         arch=architecture_of(q.device),
     )
-    ways = (
-        dataclasses.replace(problem, descriptors=_descriptors(problem, backend, tensors, recorded))
-        for recorded in (True, False)
+    recorded, alone = (
+        dataclasses.replace(problem, descriptors=_descriptors(problem, backend, tensors, x)) for x in (True, False)
     )
-    return Call(*ways, backend, transposed)
+    return Call(recorded, alone, backend, transposed)
 
 
 def _descriptors(problem: Problem, backend: str, tensors: Tensors, recorded: bool) -> bool:
