@@ -67,7 +67,7 @@ def _descriptors(problem: Problem, backend: str, tensors: Tensors, recorded: boo
     q, k, v = (x for x in tensors[:3] if x is not None)
     if backend != "triton" or problem.dtype != "bfloat16" or descriptors == "0" or platform_of(q) != "cuda":
         return False
-    if descriptors != "1" and not problem.pays(recorded):
+    if descriptors != "1" and not problem.descriptors_pay(recorded):
         return False
     return architecture_of(q.device) == "sm_90" and all(suits(x) for x in (q, k, v))
 

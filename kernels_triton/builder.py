@@ -168,7 +168,10 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
         tiles = cdiv(p.K, tile.BK)
         rows = self.L // tile.BT
         span = tile.span if rows % tile.span == 0 and tile.BS == tile.BT else 1
-        apart = inner and span > 1 and p.dtype != "bfloat16"  # a program of its own for <dC', C>
+        # <dC', C>: in bfloat16 matrix units find it beside dk. Others need float32's digits: dv's last program adds it
+        # up, or one of its own where those of dv have more than a tile to do.
+        trace = inner and p.dtype == "bfloat16"
+        roles = 2 * rows + rows // span + (inner and not trace and span > 1)
         sums = Spec((p.B, p.H, 2 * tiles, self.NT * self.L), "float32")
         return self._launch(
             chunk_backward,
@@ -190,7 +193,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 "cols": ("col_sums", sums),
                 "inner": ("inner", Spec((p.B, p.H, tiles, self.NT), "float32")),
             },
-            self.heads * self.NT * (2 * rows + rows // span + apart) * tiles,  # dq, dk, dv
+            self.heads * self.NT * roles * tiles,
             tile,
             "BT BS BK BV",
             SPAN=span,
@@ -200,6 +203,8 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
             SCALE=p.scale,
             HAS_NORMS=norms,
             HAS_INNER=inner,
+            TRACE=trace,
+            ROLES=roles,
             BTHD=p.layout == "bthd",
             PACKED=self.packed,
             PAIRS=self.pairs,

@@ -86,10 +86,6 @@ class Launch:
         """The run-time arguments in the kernel's order, outputs by their buffers' names."""
         return (*self.operands.values(), *(buffer for buffer, _ in self.outputs.values()))
 
-    @functools.cached_property
-    def reads_descriptors(self) -> bool:
-        return any(isinstance(x, Descriptor) for x in self.operands.values())
-
     @property
     def buffers(self) -> tuple[str, ...]:
         """The names of the buffers read, in the kernel's order."""

@@ -86,8 +86,8 @@ class Problem:
         """Whether gradients flow through a normaliser."""
         return self.normalize and self.normalizer_grad == "exact"
 
-    def pays(self, recorded: bool) -> bool:
-        """Whether descriptors pay for being made; recorded: in a pass with gradients, or for one."""
+    def descriptors_pay(self, recorded: bool) -> bool:
+        """Whether they pay for being made; recorded: in a pass with gradients, or for one."""
         least = MIN_DESCRIPTORS if recorded else MIN_DESCRIPTORS_ALONE
         return self.B * self.H * self.T * (self.K + self.V) >= least
 

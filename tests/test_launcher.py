@@ -17,6 +17,7 @@ stub = stub_driver.activate(pathlib.Path(sys.argv[1]))
 import torch
 from frontend_torch import executor
 from kernels_triton import plan
+from kernels_triton.launch import Descriptor
 from tests.test_executor import inputs
 from tests.test_plan import problem
 
@@ -24,7 +25,7 @@ sizes, descriptors = json.loads(sys.argv[2])
 p = dataclasses.replace(problem(*sizes, dtype="bfloat16"), descriptors=descriptors)
 tensors = inputs(p)
 forward, backward = plan.forward_pass(p), plan.backward_pass(p)
-assert any(x.reads_descriptors for x in backward.launches) == descriptors
+assert any(isinstance(x, Descriptor) for y in backward.launches for x in y.arguments) == descriptors
 ends = []
 for _ in range(3):
     env = tensors | executor.launch_all(forward, tensors)
@@ -33,7 +34,7 @@ for _ in range(3):
 own = {x.data_ptr() for x in tensors.values()}
 launches = stub_driver.launches(stub)
 for x in launches:  # where a run's own buffers lie differs from run to run
-    x.update({n: x[n] if x[n] in own else "own" for n in stub_driver.FIELDS[5:]})
+    x.update({n: x[n] if x[n] in own else "own" for n in stub_driver.FIELDS[-3:]})
 kept = len(forward.kept) + len(backward.kept)
 each = len(forward.launches + backward.launches)
 

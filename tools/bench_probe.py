@@ -70,11 +70,12 @@ def compile_ours(x: Implementation, shape: Shape, dtype: str) -> None:
     problem = tune_measure.make_problem(shape, dtype, tune_measure.this_architecture())
     wish = options.pop("descriptors", "")
     problem = dataclasses.replace(problem, **options)
-    recorded, alone = (
-        dataclasses.replace(problem, descriptors=problem.descriptors and problem.pays(x) and wish != "0")
-        for x in (True, False)
+    may = problem.descriptors and wish != "0"
+    ways = (
+        dataclasses.replace(problem, descriptors=may and problem.descriptors_pay(recorded))
+        for recorded in (True, False)
     )
-    tune_measure.compile_passes(recorded, alone)
+    tune_measure.compile_passes(*ways)
 
 
 def main(name: str, *arguments: str) -> None:

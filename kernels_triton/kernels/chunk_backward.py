@@ -84,6 +84,8 @@ def chunk_backward(
     SCALE: tl.constexpr,
     HAS_NORMS: tl.constexpr,
     HAS_INNER: tl.constexpr,
+    TRACE: tl.constexpr,
+    ROLES: tl.constexpr,
     BTHD: tl.constexpr,
     PACKED: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -96,14 +98,11 @@ def chunk_backward(
     dq_i = scale (sum_j<=i dS_ij D_ij k_j + beta_i (C dh_i + delta_i n) / d_i),
     dk_j = scale sum_i>=j dS_ij D_ij q_i + alpha_j (dC' v_j + dn'), with dS_ij = (dh_i . v_j + delta_i) / d_i, X = S dS,
     dv_j = sum_i>=j S_ij dh_i / d_i + alpha_j dC'^T k_j. The programs of a chunk are neighbours: they share its tiles in
-    the L2 cache. A program of dv takes SPAN tiles of tokens. <dC', C> is found with the last tile of dk, or
-    else by the last program, which is of its own if SPAN > 1.
+    the L2 cache. A program of dv takes SPAN tiles of tokens. <dC', C> is found with the last tile of dk if
+    TRACE, else by the last of the chunk's ROLES, dv's or one of its own.
     """
     NKT: tl.constexpr = (K + BK - 1) // BK
     NRT: tl.constexpr = L // BT
-    # In bfloat16 the matrix units find it; others need the digits of float32.
-    TRACE: tl.constexpr = HAS_INNER and BF16
-    ROLES: tl.constexpr = 2 * NRT + NRT // SPAN + (HAS_INNER and SPAN > 1 and not TRACE)
     pid = tl.program_id(0).to(tl.int64)
     n_chunks = chunk_count(T, sequences, L, PACKED)
     padded = n_chunks.to(tl.int64) * L
