@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from .builder_fused import FusedBuilder
@@ -127,22 +128,28 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
             **self.arithmetic,
         )
 
-    def normaliser(self, given: str | None = None) -> Launch:
-        """1 / d and the cotangent of r per token. given: a buffer with d itself; then nothing flows through it."""
+    def normaliser(self, given: str | None = None, factor: bool = False) -> Launch:
+        """1 / d and the cotangent of r per token. given: a buffer with d itself; then nothing flows through it.
+
+        factor: of that cotangent all but its factor dh . h, for a kernel that finds it.
+        """
         p, tile = self.p, self.config.normaliser
+        reads = p.exact and not given and not factor  # else there is so little to do that a program takes a whole chunk
+        if not reads:
+            tile = dataclasses.replace(tile, BT=self.L, num_warps=max(1, min(4, self.L // 32)))
         sb, sh, st = self.strides["dh"]
         unit = math.gcd(16, sb, sh, st) or 16
         return self._launch(
             normaliser_backward,
             {
-                "h": "h" if p.exact and not given else None,
+                "h": "h" if reads else None,
                 "dh": "dh",
                 "dh_sb": sb // unit,
                 "dh_sh": sh // unit,
                 "dh_st": st // unit,
                 "r": given or ("r" if p.normalize else None),
                 "floor": "floor" if p.normalize and not given else None,
-                **self._gates_backward(*GATES[2:]),
+                "a": None if self.pairs else "a",
                 **self.packing,
             },
             {name: (name, Spec(self.rows, "float32")) for name in NORMALISER},
@@ -151,9 +158,9 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
             "BT BV",
             V=p.V,
             UNIT=unit,
-            SCALE=p.scale,
             EPS=p.eps,
             EXACT=p.exact and not given,
+            FACTOR=factor,
             NORMALIZE=p.normalize,
             D_GIVEN=given is not None,
             BTHD=p.layout == "bthd",

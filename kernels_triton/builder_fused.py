@@ -5,6 +5,7 @@ from __future__ import annotations
 from .kernels import fused_backward, fused_forward
 from .launch import Launch, Spec
 from .launch_builder import GATES, NORMALISER, LaunchBuilder
+from .problem import contiguous_strides
 
 
 class FusedBuilder(LaunchBuilder):
@@ -51,15 +52,24 @@ class FusedBuilder(LaunchBuilder):
             **self.arithmetic,
         )
 
-    def fused_backward(self, has_dlast: bool, norms: bool = True) -> Launch:
+    @property
+    def finds_delta(self) -> bool:
+        """Whether the fused backward kernel can find dh . h itself: by matrix units, in bfloat16."""
+        return self.config.fused is not None and self.p.exact and self.p.dtype == "bfloat16"
+
+    def fused_backward(self, has_dlast: bool, norms: bool = True, find_delta: bool = False) -> Launch:
         """dq, dk, dv, the initial state's gradient, and what the gates' gradients need, for small heads.
 
-        norms: n has a cotangent.
+        norms: n has a cotangent. find_delta: `delta` is what `normaliser(factor=True)` left.
         """
         p, tile = self.p, self.config.dfused
         assert tile is not None
         head = (p.B, p.H)
-        tokens, unit = self._tokens(tile, ("q", "q"), ("k", "k"), ("v", "v"), ("dh", "dh"))
+        read = [(x, x) for x in ("q", "k", "v", "dh")]
+        if find_delta:
+            self.strides["h"] = contiguous_strides(p.H, p.T, p.V, p.layout)
+            read.append(("h", "h"))
+        tokens, unit = self._tokens(tile, *read)
         last = ("dc_last", "dn_last", "c_last", "n_last")
 
         def given(name: str, there: bool) -> str | None:
@@ -69,8 +79,8 @@ class FusedBuilder(LaunchBuilder):
             fused_backward,
             {
                 **tokens,
+                **({} if find_delta else {"h": None, "h_sb": 0, "h_sh": 0, "h_st": 0}),
                 **self.decays,
-                "gamma": "gamma",
                 **{name: name for name in NORMALISER},
                 "states": self._states(tile, "states"),
                 "norms": "norms" if norms else None,
@@ -99,6 +109,7 @@ class FusedBuilder(LaunchBuilder):
             HAS_LAST=has_dlast,
             HAS_INITIAL=p.has_initial,
             HAS_NORMS=norms,
+            FIND_DELTA=find_delta,
             BTHD=p.layout == "bthd",
             PACKED=self.packed,
             PAIRS=self.pairs,

@@ -15,7 +15,7 @@ from .problem import Problem, Strides
 # Buffers that the gates' kernel makes and most others read.
 GATES = ("c", "c_low", "a", "a_low", "gamma", "gamma_low")
 # And those that the normaliser's kernel makes, backward.
-NORMALISER = ("e", "delta", "state_inverse", "state_delta")
+NORMALISER = ("e", "delta")
 
 
 def cdiv(x: int, y: int) -> int:
@@ -63,7 +63,8 @@ class LaunchBuilder:
     @property
     def decays(self) -> dict[str, str | None]:
         """The operands that the gradients' decays come from, before what the normaliser's kernel made of a."""
-        return {"c": "c", **{name: name if self.pairs else None for name in ("c_low", "a", "a_low")}}
+        low = {name: name if self.pairs else None for name in ("c_low", "a", "a_low")}
+        return {"c": "c", **low, **self._gates_backward("gamma", "gamma_low")}
 
     @property
     def packing(self) -> dict[str, Operand | None]:

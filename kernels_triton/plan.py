@@ -89,7 +89,8 @@ def backward_pass(
     # n's cotangent is 0 where none is given and none flows through the normaliser.
     norms = problem.normalize and (problem.exact or has_dlast)
     launches = _forward(b, save=True) if problem.form == "recurrent" else []
-    launches += [b.normaliser(), *_backward(b, has_dlast, norms), b.gates_gradient(has_dlast, has_dlast)]
+    find_delta = b.finds_delta
+    launches += [b.normaliser(factor=find_delta), *_backward(b, has_dlast, norms, find_delta), b.gates_gradient(has_dlast, has_dlast)]
     return Pass(tuple(launches), _read(launches), _gradients(problem))
 
 
@@ -99,11 +100,11 @@ def _backward_builder(problem: Problem, dh_strides: Strides | None, config: Conf
     return b
 
 
-def _backward(b: Builder, has_dlast: bool, norms: bool) -> list[Launch]:
+def _backward(b: Builder, has_dlast: bool, norms: bool, find_delta: bool = False) -> list[Launch]:
     """From the normaliser to the sums for the gates' gradients. norms: n has a cotangent."""
     launches = [] if b.p.save_states else [*b.state_forward(("unused_c_last", "unused_n_last"))]
     if b.config.fused:
-        return [*launches, b.fused_backward(has_dlast, norms)]
+        return [*launches, b.fused_backward(has_dlast, norms, find_delta)]
     return [*launches, *b.state_backward(has_dlast, has_dlast and norms, norms=norms), b.gradients(norms)]
 
 

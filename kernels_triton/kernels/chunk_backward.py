@@ -54,10 +54,10 @@ def chunk_backward(
     c_low,  # (B, H, NT * L) if PAIRS
     a,  # (B, H, NT * L) if PAIRS
     a_low,  # (B, H, NT * L) if PAIRS
+    gamma,  # (B, H, NT) log2
+    gamma_low,  # (B, H, NT) if PAIRS
     e,  # (B, H, NT * L) a + log2 d, d the normaliser; if PAIRS 1 / d
     delta,  # (B, H, NT * L) d times the cotangent of the signed normaliser
-    state_inverse,  # (B, H, NT * L) scale beta / d
-    state_delta,  # (B, H, NT * L) scale beta delta / d
     states,  # (B, H, NT, K, V) C
     norms,  # (B, H, NT, K) n, if HAS_NORMS
     dstates,  # (B, H, NT, K, V) dC'
@@ -134,7 +134,7 @@ def chunk_backward(
         if role == tile:
             queries_backward(
                 q_view, k_view, v_view, dh_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row,
-                e + o_row, delta + o_row, state_inverse + o_row, state_delta + o_row, state, p_norm,
+                e + o_row, delta + o_row, gamma + o_chunk, gamma_low + o_chunk, state, p_norm,
                 dq + o_dk, dk_row, rows + o_sums, length, key_tile, padded,
                 K, V, BT, BK, BV, L, BS, tile, SCALE, HAS_NORMS, PAIRS, SOURCE, SOURCE, BF16, PRECISION,
             )  # fmt: skip

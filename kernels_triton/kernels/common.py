@@ -209,7 +209,25 @@ def add_products(b_x, b_c, b_dc, BF16: tl.constexpr, PRECISION: tl.constexpr):
 def trace(b_x, N: tl.constexpr):
     """The sum of an [N, N] accumulator's diagonal."""
     o = tl.arange(0, N)
-    return inner_product(b_x, tl.where(o[:, None] == o[None, :], 1.0, 0.0), N * N)
+    return tl.sum(tl.reshape(tl.where(o[:, None] == o[None, :], b_x, 0.0), [N * N]), 0)
+
+
+@triton.jit
+def row_products(x, y, N: tl.constexpr, PRECISION: tl.constexpr):
+    """x_i . y_i of the N rows of two tiles, as a product's diagonal: see `add_products`."""
+    b_x = dot(x, tl.trans(y), tl.zeros([N, N], tl.float32), PRECISION)
+    o = tl.arange(0, N)
+    return tl.sum(tl.where(o[:, None] == o[None, :], b_x, 0.0), 1)
+
+
+@triton.jit
+def vector(x, o):
+    """x itself where it is a vector already, else what it points to at o."""
+    if x.dtype.is_ptr():
+        y = tl.load(x + o)
+    else:
+        y = x
+    return y
 
 
 @triton.jit
@@ -272,6 +290,13 @@ def load_row_decays(p_a, p_a_low, p_e, o, PAIRS: tl.constexpr):
         lo = hi
         factor = tl.full(hi.shape, 1.0, tl.float32)
     return hi, lo, factor
+
+
+@triton.jit
+def state_weight(hi, lo, factor, p_gamma, p_gamma_low, SCALE: tl.constexpr, PAIRS: tl.constexpr):
+    """scale beta / d of rows whose `load_row_decays` these are: what C counts for in h, and dh in the state's cotangent."""
+    g_hi, g_lo = load_pair(p_gamma, p_gamma_low, 0, PAIRS)
+    return factor * SCALE * exp2_difference(g_hi, g_lo, hi, lo, PAIRS)
 
 
 @triton.jit

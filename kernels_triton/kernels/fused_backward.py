@@ -9,10 +9,13 @@ from .common import (
     add_products,
     contiguous_rows,
     inner_product,
+    load_row_decays,
     load_state,
     load_tokens,
     load_vector,
+    row_products,
     state_view,
+    state_weight,
     store_state,
     store_vector,
     token_view,
@@ -28,7 +31,7 @@ from .values_backward import values_backward
 @triton.jit(
     do_not_specialize_on_alignment=[
         "q_sb", "q_sh", "q_st", "k_sb", "k_sh", "k_st", "v_sb", "v_sh", "v_st", "dh_sb", "dh_sh", "dh_st",
-        "sequences", "T",
+        "h_sb", "h_sh", "h_st", "sequences", "T",
     ],
 )  # fmt: skip
 def fused_backward(
@@ -36,15 +39,15 @@ def fused_backward(
     k, k_sb, k_sh, k_st,  # (B, H, T, K) likewise
     v, v_sb, v_sh, v_st,  # (B, H, T, V) likewise
     dh, dh_sb, dh_sh, dh_st,  # (B, H, T, V) likewise
+    h, h_sb, h_sh, h_st,  # (B, H, T, V) likewise, if FIND_DELTA: delta lacks the factor dh . h then
     c,  # (B, H, NT * L)
     c_low,  # (B, H, NT * L) if PAIRS
     a,  # (B, H, NT * L) if PAIRS
     a_low,  # (B, H, NT * L) if PAIRS
     gamma,  # (B, H, NT) log2
+    gamma_low,  # (B, H, NT) if PAIRS
     e,  # (B, H, NT * L)
     delta,  # (B, H, NT * L)
-    state_inverse,  # (B, H, NT * L)
-    state_delta,  # (B, H, NT * L)
     states,  # (B, H, NT, K, V)
     norms,  # (B, H, NT, K) if HAS_NORMS
     dc_last,  # (B, H, K, V) if HAS_LAST
@@ -76,6 +79,7 @@ def fused_backward(
     HAS_LAST: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     HAS_NORMS: tl.constexpr,
+    FIND_DELTA: tl.constexpr,
     BTHD: tl.constexpr,
     PACKED: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -114,11 +118,14 @@ def fused_backward(
         b_k = load_tokens(token_view(k, k_sb, k_sh, k_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
         b_v = load_tokens(token_view(v, v_sb, v_sh, v_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, V, BV, SOURCE)
         decay = tl.exp2(tl.load(gamma + o_chunk))
-        b_u = b_norm
+        b_delta = tl.load(delta + o_row + tl.arange(0, L))
+        if FIND_DELTA:
+            b_h = load_tokens(token_view(h, h_sb, h_sh, h_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, V, BV, SOURCE)
         if HAS_NORMS:
-            b_u = tl.load(state_delta + o_row + tl.arange(0, L))
             b_n = load_vector(norms + o_chunk * K, o_k, K, BK)
         b_dh = load_tokens(token_view(dh, dh_sb, dh_sh, dh_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, V, BV, SOURCE)
+        if FIND_DELTA:
+            b_delta *= row_products(b_dh, b_h, L, PRECISION)
         b_c = load_state(state_view(states, o_chunk, K, V, SOURCE), 0, 0, K, V, BK, BV, SOURCE)
         product = trace(add_products(tl.zeros([BV, BV], tl.float32), b_c, b_state, BF16, PRECISION), BV)
         if HAS_NORMS:
@@ -128,13 +135,13 @@ def fused_backward(
         o_dv, dv_row = contiguous_rows(head, t, T, H, V, BTHD)
         queries_backward(
             (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row,
-            e + o_row, delta + o_row, state_inverse + o_row, state_delta + o_row, (b_c,), norms + o_chunk * K,
+            e + o_row, b_delta, gamma + o_chunk, gamma_low + o_chunk, (b_c,), norms + o_chunk * K,
             dq + o_dk, dk_row, rows + o_sums, t_end - t, 0, padded,
             K, V, L, BK, BV, L, L, 0, SCALE, HAS_NORMS, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         keys_backward(
             (b_q,), (b_k,), (b_v,), (b_dh,), c + o_row, c_low + o_row, a + o_row, a_low + o_row,
-            e + o_row, delta + o_row, (b_state,), b_norm,
+            e + o_row, b_delta, (b_state,), b_norm,
             (b_c,), b_norm, dk + o_dk, dk_row, cols + o_sums, inner, t_end - t, 0, padded,
             K, V, L, BK, BV, L, L, 0, SCALE, HAS_NORMS, False, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
@@ -143,10 +150,11 @@ def fused_backward(
             dv + o_dv, dv_row, t_end - t, 0,
             K, V, L, BK, BV, L, L, 0, 1, SCALE, PAIRS, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
-        b_w = tl.load(state_inverse + o_row + tl.arange(0, L))
+        hi, lo, factor = load_row_decays(a + o_row, a_low + o_row, e + o_row, tl.arange(0, L), PAIRS)
+        b_w = state_weight(hi, lo, factor, gamma + o_chunk, gamma_low + o_chunk, SCALE, PAIRS)
         # q again: a tile that is used from registers too would not be fetched ahead for the products above.
         b_q = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
-        b_state, b_norm = advance(b_state, b_norm, b_q, b_dh, b_w, b_u, decay, HAS_NORMS, BF16, PRECISION)
+        b_state, b_norm = advance(b_state, b_norm, b_q, b_dh, b_w, b_w * b_delta, decay, HAS_NORMS, BF16, PRECISION)
 
     store_state(dc_initial + o_state, b_state, 0, 0, K, V, BK, BV)
     store_vector(dn_initial + state * K, b_norm, o_k, K, BK)

@@ -16,6 +16,7 @@ from .common import (
     rows_times_accumulator,
     store_tokens,
     trace,
+    vector,
     zeros_tuple,
 )
 
@@ -90,7 +91,7 @@ def keys_backward(
         a_hi, a_lo, b_scale = load_row_decays(p_a, p_a_low, p_e, t_q, PAIRS)
         b_scale *= SCALE
         b_d = exp2_difference(c_hi[:, None], c_lo[:, None], a_hi[None, :], a_lo[None, :], PAIRS)
-        b_ds = (products[y] * b_scale[None, :] + (tl.load(p_delta + t_q) * b_scale)[None, :]) * b_d
+        b_ds = (products[y] * b_scale[None, :] + (vector(p_delta, t_q) * b_scale)[None, :]) * b_d
         b_s = dot(b_k, tl.trans(b_q), tl.zeros([BT, BS], tl.float32), PRECISION)
         if (FIRST + y) * BS < ROW + BT:
             b_ds = tl.where(t_q[None, :] >= t_k[:, None], b_ds, 0.0)

@@ -6,8 +6,6 @@ import triton.language as tl
 from .common import (
     POINTERS,
     contiguous_rows,
-    exp2_difference,
-    load_pair,
     load_tokens,
     token_view,
 )
@@ -24,26 +22,22 @@ def normaliser_backward(
     dh, dh_sb, dh_sh, dh_st,  # (B, H, T, V) in units of UNIT elements
     r,  # (B, H, NT * L) signed normaliser n.q; or the whole positive normaliser d if D_GIVEN; neither without NORMALIZE
     floor,  # (B, H, NT * L) exp(-m)
-    a,  # (B, H, NT * L)
-    a_low,  # (B, H, NT * L) if PAIRS
-    gamma,  # (B, H, NT)
-    gamma_low,  # (B, H, NT) if PAIRS
+    a,  # (B, H, NT * L) unless PAIRS
     chunks,  # of packed sequences: see packing.py
     sequences,  # likewise: how many; else 0
     T,
     e,  # (B, H, NT * L) a + log2 d, infinite from T on; if PAIRS 1 / d, 0 from T on. d = max(|r|, floor) + eps, or 1
-    delta,  # (B, H, NT * L) d times the cotangent of r: -(dh . h) sign(r) where |r| > floor, else 0
-    state_inverse,  # (B, H, NT * L) scale beta / d
-    state_delta,  # (B, H, NT * L) scale beta delta / d
+    delta,  # (B, H, NT * L) d times the cotangent of r: -(dh . h) sign(r) where |r| > floor, else 0; without its
+    # factor dh . h if FACTOR
     H: tl.constexpr,
     V: tl.constexpr,
     L: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
     UNIT: tl.constexpr,
-    SCALE: tl.constexpr,
     EPS: tl.constexpr,
     EXACT: tl.constexpr,
+    FACTOR: tl.constexpr,
     NORMALIZE: tl.constexpr,
     D_GIVEN: tl.constexpr,
     BTHD: tl.constexpr,
@@ -72,7 +66,9 @@ def normaliser_backward(
         b_floor = tl.load(floor + o_row)
         b_d = tl.maximum(tl.abs(b_r), b_floor) + EPS
     b_delta = tl.zeros([BT], tl.float32)
-    if EXACT:
+    if FACTOR:
+        b_delta = tl.full([BT], 1.0, tl.float32)
+    elif EXACT:
         first = tl.minimum(start, end - 1)
         dh_view = token_view(dh, dh_sb, dh_sh, dh_st, head, first, end, H, UNIT, POINTERS)
         o_h, h_row = contiguous_rows(head, first, T, H, V, BTHD)
@@ -81,17 +77,13 @@ def normaliser_backward(
             b_h = load_tokens(h_view, 0, v0, BT, V, BV, POINTERS).to(tl.float32)
             b_dh = load_tokens(dh_view, 0, v0, BT, V, BV, POINTERS).to(tl.float32)
             b_delta += tl.sum(b_h * b_dh, 1)
+    if EXACT:
         b_delta = tl.where(b_r > 0, -b_delta, b_delta)
         b_delta = tl.where(tl.abs(b_r) > b_floor, b_delta, 0.0)
-    b_inverse = tl.where(m_t, 1.0 / b_d, 0.0)
     b_delta = tl.where(m_t, b_delta, 0.0)
-    a_hi, a_lo = load_pair(a, a_low, o_row, PAIRS)
-    g_hi, g_lo = load_pair(gamma, gamma_low, head * n_chunks + row // L, PAIRS)
-    if PAIRS:
-        tl.store(e + o_row, b_inverse)
-    else:
-        tl.store(e + o_row, tl.where(m_t, a_hi + tl.log2(b_d), float("inf")))
-    b_inverse *= exp2_difference(g_hi, g_lo, a_hi, a_lo, PAIRS) * SCALE
     tl.store(delta + o_row, b_delta)
-    tl.store(state_inverse + o_row, b_inverse)
-    tl.store(state_delta + o_row, b_inverse * b_delta)
+    if PAIRS:
+        b_e = tl.where(m_t, 1.0 / b_d, 0.0)
+    else:
+        b_e = tl.where(m_t, tl.load(a + o_row) + tl.log2(b_d), float("inf"))
+    tl.store(e + o_row, b_e)

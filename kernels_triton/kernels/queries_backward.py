@@ -14,14 +14,16 @@ from .common import (
     load_vector,
     operand,
     rows_times_accumulator,
+    state_weight,
     store_tokens,
+    vector,
     zeros_tuple,
 )
 
 
 @triton.jit
 def queries_backward(
-    q, k, v, dh, p_c, p_c_low, p_a, p_a_low, p_e, p_delta, p_state_inverse, p_state_delta, state, p_norm,
+    q, k, v, dh, p_c, p_c_low, p_a, p_a_low, p_e, p_delta, p_gamma, p_gamma_low, state, p_norm,
     p_dq, dq_row, p_sums, length, key_tile, padded,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -47,8 +49,7 @@ def queries_backward(
     o_k = k_first + tl.arange(0, BK)
 
     if SOURCE == GIVEN:  # early: with their tiles there, these loads are all that the products would wait for
-        b_state_inverse = tl.load(p_state_inverse + t_q)
-        b_state_delta = tl.load(p_state_delta + t_q)
+        a_hi, a_lo, b_scale = load_row_decays(p_a, p_a_low, p_e, t_q, PAIRS)
     products = zeros_tuple(COUNT, BT, BS)
     b_dq = tl.zeros([BT, BK], tl.float32)
     for v0 in range(0, V, BV):
@@ -66,14 +67,14 @@ def queries_backward(
     for y in tl.static_range(COUNT):
         keys = keys + (load_tokens(k, y * BS, k_first, BS, K, BK, SOURCE),)
     if SOURCE != GIVEN:
-        b_state_inverse = tl.load(p_state_inverse + t_q)
-        b_state_delta = tl.load(p_state_delta + t_q)
-    a_hi, a_lo, b_scale = load_row_decays(p_a, p_a_low, p_e, t_q, PAIRS)
+        a_hi, a_lo, b_scale = load_row_decays(p_a, p_a_low, p_e, t_q, PAIRS)
+    b_state_weight = state_weight(a_hi, a_lo, b_scale, p_gamma, p_gamma_low, SCALE, PAIRS)
     b_scale *= SCALE
-    b_delta = tl.load(p_delta + t_q) * b_scale
-    b_dq *= b_state_inverse[:, None]
+    b_delta = vector(p_delta, t_q)
+    b_dq *= b_state_weight[:, None]
     if HAS_NORMS:
-        b_dq += b_state_delta[:, None] * load_vector(p_norm, o_k, K, BK)[None, :]
+        b_dq += (b_state_weight * b_delta)[:, None] * load_vector(p_norm, o_k, K, BK)[None, :]
+    b_delta *= b_scale
     b_rows = rows_times_accumulator(b_q, b_dq, PRECISION, SOURCE)
 
     b_diagonal = tl.zeros([BT], tl.float32)

@@ -9,10 +9,12 @@ from .common import (
     exp2_difference,
     inner_product,
     load_pair,
+    load_row_decays,
     load_state,
     load_tokens,
     load_vector,
     operand,
+    state_weight,
     store_state,
     store_vector,
     token_view,
@@ -49,10 +51,12 @@ def norm_product(b_norm, p_n, o_k, vt, K: tl.constexpr, BK: tl.constexpr):
 def state_scan(
     x, x_sb, x_sh, x_st,  # (B, H, T, K) in units of UNIT elements: k; backward: q
     y, y_sb, y_sh, y_st,  # (B, H, T, V) likewise: v; backward: dh
-    w,  # (B, H, NT * L) log2 of a token's weight in S and n, c; backward: its weight in S, scale beta / d
-    w_low,  # (B, H, NT * L) forward, if PAIRS: c_low
-    u,  # (B, H, NT * L) backward: its weight in n, scale beta delta
+    w,  # (B, H, NT * L) log2 of a token's weight in S and n, c; backward, if PAIRS: a
+    w_low,  # (B, H, NT * L) likewise, if PAIRS: c_low; backward: a_low
+    e,  # (B, H, NT * L) backward
+    u,  # (B, H, NT * L) backward: a token's weight in n over that in S, delta
     gamma,  # (B, H, NT) log2
+    gamma_low,  # (B, H, NT) backward, if PAIRS
     state_in,  # (B, H, K, V) if HAS_STATE_IN: c_initial; backward: the cotangent of c_last
     norm_in,  # (B, H, K) likewise for n, if HAS_NORM_IN
     fw_last,  # (B, H, K, V) backward, if HAS_STATE_IN: c_last
@@ -82,6 +86,7 @@ def state_scan(
     BK: tl.constexpr,
     BV: tl.constexpr,
     UNIT: tl.constexpr,
+    SCALE: tl.constexpr,
     SEGMENTS: tl.constexpr,
     KEEP: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -190,11 +195,11 @@ def state_scan(
         n = step // PER
         if BACKWARD:
             n = begin + finish - 1 - n
-        decay = tl.exp2(tl.load(gamma + head * n_chunks + n))
+        o_chunk = head * n_chunks + n
+        decay = tl.exp2(tl.load(gamma + o_chunk))
         if PER > 1:
             decay = tl.where(step % PER == 0, decay, 1.0)
         if PER == 1 or step % PER == 0:
-            o_chunk = head * n_chunks + n
             if KEEP:
                 if SEGMENTS != SUM or rank == 0:
                     store_state(states + o_chunk * K * V, b_state, k0, v0, K, V, BK, BV)
@@ -207,9 +212,10 @@ def state_scan(
         t = t_first + (n - begin) * L + step % PER * BT
         o_w = head * padded + n * L + step % PER * BT + o_t
         if BACKWARD:
-            b_w = tl.load(w + o_w)
+            hi, lo, factor = load_row_decays(w, w_low, e, o_w, PAIRS)
+            b_w = state_weight(hi, lo, factor, gamma + o_chunk, gamma_low + o_chunk, SCALE, PAIRS)
             if HAS_NORMS:
-                b_u = tl.load(u + o_w)
+                b_u = b_w * tl.load(u + o_w)
         else:
             hi, lo = load_pair(w, w_low, o_w, PAIRS)
             b_w = exp2_difference(hi, lo, 0.0, 0.0, PAIRS)
