@@ -33,13 +33,11 @@ def launch_one(launch: Launch, env: dict[str, Tensor], device: torch.device) -> 
 
     Returns the compiled kernel.
     """
-    arguments = [_operand(x, env) for x in launch.operands.values()]
     for buffer, spec in launch.outputs.values():
         if buffer not in env:
             env[buffer] = torch.empty(spec.shape, dtype=dtype_of(spec.dtype), device=device)
-        arguments.append(env[buffer])
     return launch.kernel[(launch.grid,)](
-        *arguments,
+        *[_operand(x, env) for x in launch.arguments],
         **launch.constexprs,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

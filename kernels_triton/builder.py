@@ -32,6 +32,11 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
         """
         return not self.packed and self.heads < MANY_HEADS and self.NT > self.G
 
+    @property
+    def _gates_tile(self) -> Tile:
+        """Four tokens per thread, in both kernels: how many warps there are decides in which order they add."""
+        return Tile(0, 0, 0, 0, num_warps=max(1, self.G * self.L // 128), num_stages=1)
+
     def gates_sums(self) -> Launch:
         """Prefix sums inside the chunks."""
         head = (self.p.B, self.p.H)
@@ -45,7 +50,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 "groups": ("groups", Spec((*head, 4, cdiv(self.NT, self.G)), "int32")),
             },
             self.heads * cdiv(self.NT, self.G),
-            Tile(0, 0, 0, 0, num_warps=4, num_stages=1),
+            self._gates_tile,
             G=self.G,
             SIGMOID=self.sigmoid,
         )
@@ -83,7 +88,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 **{name: (name, self.handed_on[name]) for name in ("m_last", "picked")},
             },
             self.heads * cdiv(self.NT, self.G) if split else self.all_heads,
-            Tile(0, 0, 0, 0, num_warps=4, num_stages=1),
+            self._gates_tile,
             G=self.G,
             HAS_INITIAL=p.has_initial,
             HAS_I=i is not None,

@@ -63,6 +63,7 @@ class ScanBuilder(LaunchBuilder):
         # What the first launch stored, in place: the second one stores the rest.
         begun = {"begun": "states", "begun_norms": "norms"} if segments.value == FOLLOW.value else {}
         begun = {x: y for x, y in begun.items() if y == "states" or flags["HAS_NORMS"]}
+        by_descriptor = self.source(tile) and flags["KEEP"]
         return self._launch(
             state_scan,
             {
@@ -76,6 +77,7 @@ class ScanBuilder(LaunchBuilder):
                 **operands,
                 **{x: name if follows else None for x, name in self._sums(backward).items()},
                 **{x: outputs[begun[x]][0] if x in begun else None for x in ("begun", "begun_norms")},
+                "states_view": self._states(tile, outputs["states"][0]) if by_descriptor else None,
                 "segment": 0 if self.packed or segments.value == ONE.value else cdiv(self.NT, count),
                 **self.packing,
             },

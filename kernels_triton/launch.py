@@ -21,7 +21,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A buffer read through a tensor descriptor (Hopper's TMA): its shape and strides in elements, and the block."""
+    """A buffer read or written through a tensor descriptor (Hopper's TMA): shape and strides in elements, block."""
 
     buffer: str
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class Launch:
     """One kernel launch.
 
     operands: run-time inputs in the kernel's order; a str names a buffer, an int is a scalar, a Descriptor is a buffer
-    by another way.
+    by another way, be it an output's.
     outputs: the remaining run-time parameters, in order, each with the name of the buffer it creates; or, where an
     input has that name, adds to: then the two must be one memory, and `in_place` names them.
     """
@@ -88,9 +88,10 @@ class Launch:
 
     @property
     def buffers(self) -> tuple[str, ...]:
-        """The names of the buffers read, in the kernel's order."""
-        named = (x.buffer if isinstance(x, Descriptor) else x for x in self.operands.values())
-        return tuple(x for x in named if isinstance(x, str))
+        """The names of the buffers read, in the kernel's order; not of those written, through a descriptor too."""
+        made = {name for name, _ in self.outputs.values()}
+        read = (x.buffer if isinstance(x, Descriptor) and x.buffer not in made else x for x in self.operands.values())
+        return tuple(x for x in read if isinstance(x, str))
 
 
 # Bytes of a buffer up to which it shares memory with others, and what its place is a multiple of.

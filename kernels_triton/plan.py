@@ -89,8 +89,11 @@ def backward_pass(
     # n's cotangent is 0 where none is given and none flows through the normaliser.
     norms = problem.normalize and (problem.exact or has_dlast)
     launches = _forward(b, save=True) if problem.form == "recurrent" else []
-    find_delta = b.finds_delta
-    launches += [b.normaliser(factor=find_delta), *_backward(b, has_dlast, norms, find_delta), b.gates_gradient(has_dlast, has_dlast)]
+    launches += [
+        b.normaliser(factor=b.finds_delta),
+        *_backward(b, has_dlast, norms, b.finds_delta),
+        b.gates_gradient(has_dlast, has_dlast),
+    ]
     return Pass(tuple(launches), _read(launches), _gradients(problem))
 
 

@@ -3,16 +3,10 @@
 import triton
 import triton.language as tl
 
-from .common import (
-    contiguous_rows,
-    load_state,
-    load_vector,
-    state_view,
-    token_view,
-)
 from .keys_backward import keys_backward
 from .packing import chunk_count, chunk_span
 from .queries_backward import queries_backward
+from .tiles import contiguous_rows, load_state, load_vector, state_view, token_view
 from .values_backward import values_backward
 
 

@@ -3,21 +3,9 @@
 import triton
 import triton.language as tl
 
-from .common import (
-    contiguous_rows,
-    dot,
-    exp2_difference,
-    load_norm,
-    load_pair,
-    load_state,
-    load_tokens,
-    operand,
-    state_view,
-    store_tokens,
-    token_view,
-    zeros_tuple,
-)
+from .common import dot, exp2_difference, load_pair, operand, zeros_tuple
 from .packing import chunk_count, chunk_span
+from .tiles import contiguous_rows, load_norm, load_state, load_tokens, state_view, store_tokens, token_view
 
 
 @triton.jit

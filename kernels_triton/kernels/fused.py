@@ -7,20 +7,9 @@ import triton
 import triton.language as tl
 
 from .chunk_forward import rows_forward
-from .common import (
-    GIVEN,
-    POINTERS,
-    contiguous_rows,
-    dot,
-    load_state,
-    load_tokens,
-    load_vector,
-    operand,
-    store_state,
-    store_vector,
-    token_view,
-)
+from .common import GIVEN, POINTERS, dot, operand
 from .packing import chunk_count, sequence_span
+from .tiles import contiguous_rows, load_state, load_tokens, load_vector, store_state, store_vector, token_view
 
 
 @triton.jit
@@ -116,7 +105,7 @@ def fused_forward(
         b_k = load_tokens(token_view(k, k_sb, k_sh, k_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
         b_v = load_tokens(token_view(v, v_sb, v_sh, v_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, V, BV, SOURCE)
         if SAVE:
-            store_state(states + o_chunk * K * V, b_state, 0, 0, K, V, BK, BV)
+            store_state((states + o_chunk * K * V,), b_state, 0, 0, K, V, BK, BV, POINTERS)
             if NORMALIZE:
                 store_vector(norms + o_chunk * K, b_norm, o_k, K, BK)
         o_h, h_row = contiguous_rows(head, t, T, H, V, BTHD)
@@ -128,5 +117,5 @@ def fused_forward(
         decay = tl.exp2(tl.load(gamma + o_chunk))
         b_alpha = tl.exp2(tl.load(c + o_row + tl.arange(0, L)))
         b_state, b_norm = advance(b_state, b_norm, b_k, b_v, b_alpha, b_alpha, decay, NORMALIZE, BF16, PRECISION)
-    store_state(c_last + state * K * V, b_state, 0, 0, K, V, BK, BV)
+    store_state((c_last + state * K * V,), b_state, 0, 0, K, V, BK, BV, POINTERS)
     store_vector(n_last + state * K, b_norm, o_k, K, BK)

@@ -3,28 +3,21 @@
 import triton
 import triton.language as tl
 
-from .common import (
-    GIVEN,
-    POINTERS,
-    add_products,
-    contiguous_rows,
-    inner_product,
-    load_row_decays,
-    load_state,
-    load_tokens,
-    load_vector,
-    row_products,
-    state_view,
-    state_weight,
-    store_state,
-    store_vector,
-    token_view,
-    trace,
-)
+from .common import GIVEN, POINTERS, add_products, inner_product, load_row_decays, row_products, state_weight, trace
 from .fused import advance
 from .keys_backward import keys_backward
 from .packing import chunk_count, sequence_span
 from .queries_backward import queries_backward
+from .tiles import (
+    contiguous_rows,
+    load_state,
+    load_tokens,
+    load_vector,
+    state_view,
+    store_state,
+    store_vector,
+    token_view,
+)
 from .values_backward import values_backward
 
 
@@ -156,7 +149,7 @@ def fused_backward(
         b_q = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
         b_state, b_norm = advance(b_state, b_norm, b_q, b_dh, b_w, b_w * b_delta, decay, HAS_NORMS, BF16, PRECISION)
 
-    store_state(dc_initial + o_state, b_state, 0, 0, K, V, BK, BV)
+    store_state((dc_initial + o_state,), b_state, 0, 0, K, V, BK, BV, POINTERS)
     store_vector(dn_initial + state * K, b_norm, o_k, K, BK)
     product = tl.full([], 0.0, tl.float32)
     if HAS_INITIAL:

@@ -7,18 +7,14 @@ from .common import (
     add_products,
     dot,
     exp2_difference,
-    load_norm,
     load_pair,
     load_row_decays,
-    load_state,
-    load_tokens,
     operand,
     rows_times_accumulator,
-    store_tokens,
     trace,
-    vector,
     zeros_tuple,
 )
+from .tiles import load_norm, load_state, load_tokens, store_tokens, vector
 
 
 @triton.jit

@@ -3,13 +3,9 @@
 import triton
 import triton.language as tl
 
-from .common import (
-    POINTERS,
-    contiguous_rows,
-    load_tokens,
-    token_view,
-)
+from .common import POINTERS
 from .packing import chunk_count, chunk_span
+from .tiles import contiguous_rows, load_tokens, token_view
 
 
 @triton.jit(

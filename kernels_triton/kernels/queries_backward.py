@@ -9,16 +9,12 @@ from .common import (
     exp2_difference,
     load_pair,
     load_row_decays,
-    load_state,
-    load_tokens,
-    load_vector,
     operand,
     rows_times_accumulator,
     state_weight,
-    store_tokens,
-    vector,
     zeros_tuple,
 )
+from .tiles import load_state, load_tokens, load_vector, store_tokens, vector
 
 
 @triton.jit

@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
-from .common import cast, contiguous_rows, load_vector, store_vector
+from .common import cast
 from .gates_sums import log_forget
+from .tiles import contiguous_rows, load_vector, store_vector
 
 
 @triton.jit(

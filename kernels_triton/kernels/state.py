@@ -4,22 +4,18 @@ import triton
 import triton.language as tl
 
 from .common import (
+    DESCRIPTORS,
     POINTERS,
     dot,
     exp2_difference,
     inner_product,
     load_pair,
     load_row_decays,
-    load_state,
-    load_tokens,
-    load_vector,
     operand,
     state_weight,
-    store_state,
-    store_vector,
-    token_view,
 )
 from .packing import chunk_count, sequence_span
+from .tiles import load_state, load_tokens, load_vector, state_view, store_state, store_vector, token_view
 
 # How a scan is cut: not at all; or into segments: the first one and what the others but the last add, then the others
 # from where those before them end. LAST: what a scan, cut or not, comes to; only the last segment runs.
@@ -69,6 +65,7 @@ def state_scan(
     decays,  # (B, H, segments - 1) likewise: what it leaves of S and n
     begun,  # states, with those of the first segment: the same memory, if SEGMENTS == FOLLOW
     begun_norms,  # norms likewise, if HAS_NORMS
+    states_view,  # states, for a store through a descriptor if SOURCE says so
     segment,  # chunks per segment, unless SEGMENTS == ONE or PACKED
     chunks,  # of packed sequences: see packing.py
     sequences,  # likewise: how many; else 0
@@ -181,7 +178,7 @@ def state_scan(
             tl.store(p_outer, product)
 
     if SEGMENTS >= FOLLOW:
-        for s in range(0, rank):
+        for s in tl.range(0, rank, num_stages=3):
             o_sum = o_sums + ((begin + s * segment) // 4 if PACKED else s)
             decay = tl.load(decays + o_sum)
             b_sum = load_state((sums + o_sum * K * V,), k0, v0, K, V, BK, BV, POINTERS)
@@ -202,7 +199,11 @@ def state_scan(
         if PER == 1 or step % PER == 0:
             if KEEP:
                 if SEGMENTS != SUM or rank == 0:
-                    store_state(states + o_chunk * K * V, b_state, k0, v0, K, V, BK, BV)
+                    if SOURCE == DESCRIPTORS:
+                        kept = states_view
+                    else:
+                        kept = states
+                    store_state(state_view(kept, o_chunk, K, V, SOURCE), b_state, k0, v0, K, V, BK, BV, SOURCE)
                     if HAS_NORMS and vt == 0:
                         store_vector(norms + o_chunk * K, b_norm, o_k, K, BK)
         b_state *= decay
@@ -236,13 +237,13 @@ def state_scan(
 
     if SEGMENTS == SUM:
         o_sum = o_sums + (first // 4 if PACKED else rank)
-        store_state(state_out + o_sum * K * V, b_state, k0, v0, K, V, BK, BV)
+        store_state((state_out + o_sum * K * V,), b_state, k0, v0, K, V, BK, BV, POINTERS)
         if vt == 0:
             store_vector(norm_out + o_sum * K, b_norm, o_k, K, BK)
             if kt == 0:
                 tl.store(outer + o_sum, left)
     elif stop == finish:
-        store_state(state_out + o_state, b_state, k0, v0, K, V, BK, BV)
+        store_state((state_out + o_state,), b_state, k0, v0, K, V, BK, BV, POINTERS)
         if vt == 0:
             store_vector(norm_out + state * K, b_norm, o_k, K, BK)
     if HAS_OUTER and stop == finish:

@@ -3,17 +3,8 @@
 import triton
 import triton.language as tl
 
-from .common import (
-    dot,
-    exp2_difference,
-    load_pair,
-    load_row_decays,
-    load_state,
-    load_tokens,
-    operand,
-    store_tokens,
-    zeros_tuple,
-)
+from .common import dot, exp2_difference, load_pair, load_row_decays, operand, zeros_tuple
+from .tiles import load_state, load_tokens, store_tokens
 
 
 @triton.jit
