@@ -92,15 +92,25 @@ def row_products(x, y, N: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def as_accumulator(x, PRECISION: tl.constexpr):
+    """x in the layout of a product's accumulator, which fixes the order of a sum over it however tiles are read.
+
+    A product of zeros, added to x, says so; there is no other way to say it.
+    """
+    zeros = tl.zeros([x.shape[0], 16], tl.bfloat16), tl.zeros([16, x.shape[1]], tl.bfloat16)
+    return dot(zeros[0], zeros[1], x.to(tl.float32), PRECISION)
+
+
+@triton.jit
 def rows_times_accumulator(x, accumulator, PRECISION: tl.constexpr, SOURCE: tl.constexpr):
     """sum_k x_k accumulator_k of each row, in one order however x was read: that of the accumulator's layout.
 
-    From pointers the compiler would move the accumulator to the layout of x instead. A product of zeros, added to x,
-    says otherwise; there is no other way to say it. Other dtypes than bfloat16 are always read by pointers.
+    From pointers the compiler would move the accumulator to the layout of x instead. Other dtypes than bfloat16 are
+    always read by pointers.
     """
     y = x.to(tl.float32)
     if SOURCE == POINTERS and x.dtype == tl.bfloat16:
-        y = dot(tl.zeros([x.shape[0], 16], x.dtype), tl.zeros([16, x.shape[1]], x.dtype), y, PRECISION)
+        y = as_accumulator(x, PRECISION)
     return tl.sum(y * accumulator, 1)
 
 
