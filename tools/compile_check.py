@@ -4,8 +4,9 @@
 
 The PyTorch side runs the frontend's own executor on tensors without memory, against a driver that only names a target;
 the JAX side lowers the frontend's own executor for CUDA. Exit code 1 if the PTX differs, a kernel does not compile, its
-shared memory exceeds the target's, its Hopper code has a known defect of the assembler (sass.py), or the assembler
-runs its matrix instructions one at a time.
+shared memory exceeds the target's, its Hopper code has a known defect of the assembler (sass.py), the assembler runs
+its matrix instructions one at a time, or what it sums up through tensor descriptors, as PyTorch does, it adds in
+another order than by pointers, as JAX does (sums.py).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from . import sass
+from . import sass, sums
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 HEADS = ("64x64", "128x128", "128x256", "256x512")
@@ -68,12 +69,14 @@ class Compiled:
     shared_limit: int
     defects: int = 0  # instructions that the assembler got wrong (tools/sass.py)
     serialised: bool = False  # each matrix instruction waits for the one before
+    other_order: bool = False  # adds in another order than the same kernel without tensor descriptors
     same_as_jax: bool | None = None  # None: no JAX lowering for this target here
 
     @property
     def ok(self) -> bool:
         fits = self.shared <= self.shared_limit
-        return fits and self.same_as_jax is not False and not self.defects and not self.serialised
+        wrong = self.defects or self.serialised or self.other_order
+        return fits and self.same_as_jax is not False and not wrong
 
 
 def _problem(heads: str, dtype: str, changes: dict[str, Any]) -> Any:
@@ -193,22 +196,27 @@ def _through_torch(target: str, heads: str, dtype: str) -> list[tuple[Compiled, 
     hip = target.startswith("gfx")
     driver.set_active(Driver(GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target[3:]), 32)))
     found: dict[str, tuple[Compiled, str]] = {}
-    passes = list(_passes(heads, dtype, target))
-    if target == "sm_90" and dtype == "bfloat16":  # where the PyTorch frontend reads through descriptors
-        passes += [(f"{variant}, descriptors", *rest) for variant, *rest in _passes(heads, dtype, target, True)]
-    for variant, program, inputs in passes:
+    orders: dict[tuple[int, int], list[str]] = {}  # of the sums of each pass's kernels
+    passes = list(enumerate(_passes(heads, dtype, target)))
+    if target == "sm_90" and dtype == "bfloat16":  # where the PyTorch frontend goes through descriptors
+        through = enumerate(_passes(heads, dtype, target, True))
+        passes += [(number, (f"{variant}, descriptors", *rest)) for number, (variant, *rest) in through]
+    for number, (variant, program, inputs) in passes:
         results: list[tuple[Any, str]] = []
         launches = tuple(dataclasses.replace(x, kernel=CompileOnly(x.kernel, results)) for x in program.launches)
         tensors = {n: torch.empty(shape, dtype=getattr(torch, d), device="meta") for n, (shape, d) in inputs.items()}
         executor.launch_all(dataclasses.replace(program, launches=launches), tensors)
-        for compiled, log in results:
+        for place, (compiled, log) in enumerate(results):
+            order = sums.orders(compiled.asm["ttgir"])
+            other_order = orders.setdefault((number, place), order) != order
             code = compiled.asm["amdgcn" if hip else "ptx"]
             if code not in found:
                 registers, spills = resources(compiled, log)
                 facts = (compiled.name, variant, registers, spills, compiled.metadata.shared, SHARED_MEMORY[target])
                 cubin = compiled.asm["cubin"] if target == "sm_90" else None
                 defects = len(sass.wrong_addresses(sass.disassemble(cubin))) if cubin else 0
-                found[code] = (Compiled(target, heads, dtype, *facts, defects, SERIALISED in log), code)
+                row = Compiled(target, heads, dtype, *facts, defects, SERIALISED in log, other_order)
+                found[code] = row, code
     return list(found.values())
 
 
@@ -269,6 +277,7 @@ def _table(rows: list[Compiled]) -> Table:
         shared = f"{x.shared:,}" if x.shared <= x.shared_limit else f"[red]{x.shared:,}[/red]"
         spills = f"{x.spills} [red]{x.defects} DEFECTS[/red]" if x.defects else str(x.spills)
         spills += " [red]ONE PRODUCT AT A TIME[/red]" if x.serialised else ""
+        spills += " [red]ADDS IN ANOTHER ORDER[/red]" if x.other_order else ""
         numbers = (str(x.registers), spills, shared, f"{x.shared_limit:,}")
         table.add_row(x.target, x.heads, x.dtype, x.kernel, x.variant, *numbers, same)
     return table
@@ -313,7 +322,8 @@ def main(
         f"Triton {triton.__version__}: {len(rows)} kernels compiled; PTX equal for {sum(same)} of {len(same)} lowered "
         f"through JAX; shared memory within limits for {fitting}; {sum(x.spills > 0 for x in rows)} with spills; "
         f"{sum(x.defects > 0 for x in rows)} with defects of the assembler; "
-        f"{sum(x.serialised for x in rows)} with matrix instructions one at a time"
+        f"{sum(x.serialised for x in rows)} with matrix instructions one at a time; "
+        f"{sum(x.other_order for x in rows)} that add in another order through descriptors"
     )
     if failures or not all(x.ok for x in rows):
         raise typer.Exit(1)
