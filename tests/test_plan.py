@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 
 from kernels_triton import plan
 from kernels_triton.builder import Builder
 from kernels_triton.config import MANY_HEADS, TABLES, Config, Tile, configure, table
-from kernels_triton.launch import Launch
+from kernels_triton.launch import Descriptor, Launch
 from kernels_triton.problem import LONGEST_CHUNK
 from kernels_triton.validation import ArrayInfo, check_call
 
@@ -164,3 +165,53 @@ def test_results_are_known_without_a_plan(options, save):
 
 def test_equal_problems_share_a_plan():
     assert plan.forward_pass(problem()) is plan.forward_pass(problem())
+
+
+def test_who_finds_the_normalisers_cotangent():
+    """In the fused backward kernel of bfloat16 it is matrix units, from h; elsewhere the normaliser's kernel."""
+    many = problem(H=MANY_HEADS, V=64)
+    found = {}
+    for name, p in (("exact", many), ("detached", dataclasses.replace(many, normalizer_grad="detached"))):
+        first, *rest = plan.backward_pass(p, None, True).launches
+        fused = next(x for x in rest if x.name == "fused_backward")
+        found[name] = (first.constexprs["FACTOR"], fused.constexprs["FIND_DELTA"], fused.operands["h"] == "h")
+        assert "h" not in first.buffers
+    assert found == {"exact": (True, True, True), "detached": (False, False, False)}
+    for other in (problem(V=64), problem(H=MANY_HEADS, V=64, dtype="float32")):
+        first = plan.backward_pass(other, None, True).launches[0]
+        assert not first.constexprs["FACTOR"] and "h" in first.buffers
+    # Of a split sequence the states' cotangents come first, in a scan that needs all of it.
+    assert not plan.segment_cotangent(many, None, True).launches[0].constexprs["FACTOR"]
+    fused = next(x for x in plan.segment_backward(many, None, True).launches if x.name == "fused_backward")
+    assert not fused.constexprs["FIND_DELTA"]
+
+
+def test_states_are_stored_as_they_are_read():
+    """Through a descriptor of the launch's own output, which is nothing that it reads."""
+    for descriptors in (False, True):
+        p = dataclasses.replace(problem(T=5000, K=128, V=256), descriptors=descriptors)
+        scans = [x for x in launches(p) if x.name == "state_scan"]
+        assert {x.constexprs["SEGMENTS"] for x in scans} == {1, 2}
+        for scan in scans:
+            view, (own, spec) = scan.operands["states_view"], scan.outputs["states"]
+            assert isinstance(view, Descriptor) == descriptors
+            if descriptors:
+                assert (view.buffer, math.prod(view.shape)) == (own, math.prod(spec.shape))
+            assert (own in scan.buffers) == (scan.constexprs["SEGMENTS"] == 2)  # what the first launch stored
+    assert not any(
+        isinstance(x.operands["states_view"], Descriptor)
+        for x in plan.segment_state(p).launches
+        if x.name == "state_scan"
+    )
+
+
+def test_gates_are_added_up_in_one_order():
+    """Kernels in one launch and in two, of documents and of sequences alone: as many tokens and warps at a time."""
+    for options in ({}, {"chunk_size": 64}, {"K": 64, "V": 64, "H": 1}):
+        warps = {
+            (x.constexprs["G"] * x.constexprs["L"], x.num_warps)
+            for T in (100, 65536)
+            for x in plan.forward_pass(problem(T=T, **options)).launches
+            if x.name.startswith("gates")
+        }
+        assert len(warps) == 1
