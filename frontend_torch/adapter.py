@@ -14,9 +14,9 @@ from kernels_triton.problem import Problem
 from kernels_triton.validation import BATCHED, FORWARD_MODE, TWICE
 
 from .calls import NAMES, PACKED, RESULTS, Call, Tensors
-from .executor import SAVED, run
+from .executor import ALIGNMENT, SAVED, run
 from .registry import is_batched, is_transformed
-from .tensors import dtype_of, head_strides, places, readable, suits
+from .tensors import STRIDED, dtype_of, head_strides, places, readable, suits
 
 
 def no_forward_mode(ctx: Any, *_: Any) -> Any:
@@ -43,9 +43,15 @@ def readable_cotangent(problem: Problem, dh: Tensor | None, v: Tensor) -> Tensor
 
 
 def restored(problem: Problem, env: dict[str, Tensor], before: tuple[Any, ...]) -> Problem:
-    """The problem for saved tensors, which hooks (offloading, say) may bring back in other memory than `before`."""
+    """The problem for saved tensors, which hooks (offloading, say) may bring back in other memory than `before`.
+
+    In `env` what is not read by its own strides becomes again what it was, contiguous and aligned.
+    """
     if places(env) == before:
         return problem
+    for name, x in env.items():
+        if name not in STRIDED and not (x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0):
+            env[name] = x.clone(memory_format=torch.contiguous_format)
     strides = {n: head_strides(env[n], problem.layout) if n in env else s for n, s in problem.strides}
     suit = problem.descriptors and all(suits(env[name]) for name in ("q", "k", "v"))
     return dataclasses.replace(problem, strides=tuple(strides.items()), descriptors=suit)

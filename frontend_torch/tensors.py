@@ -12,6 +12,8 @@ from torch import Tensor
 from kernels_triton.problem import MAX_TOKEN_STRIDE, Strides, architecture, suits_descriptors
 from kernels_triton.validation import ArrayInfo
 
+STRIDED = ("q", "k", "v", "i", "f")  # what is read by its own strides; all else is contiguous
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The shared name of a dtype, such as "bfloat16"."""
@@ -74,8 +76,9 @@ def head_strides(x: Tensor, layout: str) -> Strides:
 
 
 def places(env: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    """Where the strided inputs of the backward pass are."""
-    return tuple((env[name].data_ptr(), env[name].stride()) for name in ("q", "k", "v", "i", "f") if name in env)
+    """Where the strided inputs of the backward pass are, and the largest of what the forward pass made for it."""
+    names = (*STRIDED, "h", "states")
+    return tuple((env[name].data_ptr(), env[name].stride()) for name in names if name in env)
 
 
 def suits(x: Tensor) -> bool:

@@ -123,13 +123,20 @@ def test_no_gradient_no_states():
     assert "states" in plan.forward_pass(p).results
 
 
-def test_saved_tensors_may_come_back_in_other_memory():
+def widened(x):
+    return torch.cat([x, x], -1)[..., : x.shape[-1]] if x.dim() >= 4 else x
+
+
+def narrowed(x):
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@pytest.mark.parametrize("pack, unpack", [(narrowed, lambda x: x), (lambda x: x, widened)], ids=["narrowed", "widened"])
+def test_saved_tensors_may_come_back_in_other_memory(pack, unpack):
     """As offloading brings them: strides are those of the tensors at hand, not of the forward pass."""
     arrays, cotangents = make((1, 2, 70, 16, 16), "float32")
-    wide = [torch.cat([x, x], -1)[..., : x.shape[-1]] if x.dim() == 4 else x for x in arrays]
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: x.clone(memory_format=torch.contiguous_format), lambda x: x
-    ):
+    wide = [widened(x) for x in arrays]
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         moved = by_torch(wide, cotangents, backend="interpret")
     for x, y in zip(moved, by_torch(wide, cotangents, backend="interpret"), strict=True):
         assert torch.equal(x, y)
