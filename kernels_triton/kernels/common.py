@@ -97,8 +97,8 @@ def as_accumulator(x, PRECISION: tl.constexpr):
 
     A product of zeros, added to x, says so; there is no other way to say it.
     """
-    zeros = tl.zeros([x.shape[0], 16], tl.bfloat16), tl.zeros([16, x.shape[1]], tl.bfloat16)
-    return dot(zeros[0], zeros[1], x.to(tl.float32), PRECISION)
+    left, right = tl.zeros([x.shape[0], 16], tl.bfloat16), tl.zeros([16, x.shape[1]], tl.bfloat16)
+    return dot(left, right, x.to(tl.float32), PRECISION)
 
 
 @triton.jit
