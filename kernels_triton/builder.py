@@ -18,7 +18,7 @@ from .kernels import (
     normaliser_backward,
 )
 from .launch import Launch, Spec
-from .launch_builder import GATES, NORMALISER, cdiv
+from .launch_builder import GATES, NORMALISER, STATE_WEIGHT, cdiv
 
 
 class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
@@ -154,15 +154,22 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 "dh_st": st // unit,
                 "r": given or ("r" if p.normalize else None),
                 "floor": "floor" if p.normalize and not given else None,
-                "a": None if self.pairs else "a",
+                "a": "a",
+                **{name: name if self.pairs else None for name in ("a_low", "gamma", "gamma_low")},
                 **self.packing,
             },
-            {name: (name, Spec(self.rows, "float32")) for name in NORMALISER},
+            {
+                **{name: (name, Spec(self.rows, "float32")) for name in NORMALISER},
+                "state_weight": (STATE_WEIGHT, Spec(self.rows, "float32"))
+                if self.pairs
+                else ("unused_state_weight", Spec((1,), "float32")),
+            },
             self.heads * self.NT * (self.L // tile.BT),
             tile,
             "BT BV",
             V=p.V,
             UNIT=unit,
+            SCALE=p.scale,
             EPS=p.eps,
             EXACT=p.exact and not given,
             FACTOR=factor,

@@ -8,7 +8,7 @@ from .config import MAX_SEGMENTS, PROGRAMS
 from .kernels import state_scan
 from .kernels.state import FOLLOW, LAST, ONE, SUM
 from .launch import Launch, Spec
-from .launch_builder import LaunchBuilder, cdiv
+from .launch_builder import STATE_WEIGHT, LaunchBuilder, cdiv
 
 # What each segment adds to the state and to n, and what it leaves of them: parameters and buffers, which are others
 # backward, where the scan may be cut into another number of segments.
@@ -68,12 +68,11 @@ class ScanBuilder(LaunchBuilder):
             state_scan,
             {
                 **tokens,
-                "w": ("a" if self.pairs else None) if backward else "c",
-                "w_low": ("a_low" if backward else "c_low") if self.pairs else None,
-                "e": "e" if backward else None,
+                "w": (STATE_WEIGHT if self.pairs else None) if backward else "c",
+                "w_low": "c_low" if self.pairs and not backward else None,
+                "e": "e" if backward and not self.pairs else None,
                 "u": "delta" if backward else None,
                 "gamma": "gamma",
-                "gamma_low": "gamma_low" if backward and self.pairs else None,
                 **operands,
                 **{x: name if follows else None for x, name in self._sums(backward).items()},
                 **{x: outputs[begun[x]][0] if x in begun else None for x in ("begun", "begun_norms")},

@@ -14,8 +14,9 @@ from .problem import Problem, Strides
 
 # Buffers that the gates' kernel makes and most others read.
 GATES = ("c", "c_low", "a", "a_low", "gamma", "gamma_low")
-# And those that the normaliser's kernel makes, backward.
+# And those that the normaliser's kernel makes, backward; the scan's weights only for gradients of pairs.
 NORMALISER = ("e", "delta")
+STATE_WEIGHT = "state_weight"
 
 
 def cdiv(x: int, y: int) -> int:

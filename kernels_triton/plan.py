@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from .builder import Builder
 from .config import Config
 from .launch import Launch, Pass, Spec
-from .launch_builder import GATES, NORMALISER, LaunchBuilder
+from .launch_builder import GATES, NORMALISER, STATE_WEIGHT, LaunchBuilder
 from .packing import chunk_table
 from .problem import SHORT, Problem, Strides, contiguous_strides
 
@@ -154,7 +154,8 @@ def segment_cotangent(problem: Problem, dh_strides: Strides | None = None, has_d
     norms = problem.normalize
     scan = b.state_backward(has_dlast, has_dlast and norms, outer=False, norms=norms, keep=False)
     launches = (b.normaliser(), *scan)
-    return Pass(launches, _read(launches), (*GRADIENTS_INITIAL[:2], *NORMALISER))
+    weight = (STATE_WEIGHT,) if b.pairs else ()
+    return Pass(launches, _read(launches), (*GRADIENTS_INITIAL[:2], *NORMALISER, *weight))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -173,5 +174,5 @@ def segment_saved(problem: Problem, has_dlast: bool) -> frozenset[str]:
     """`saved` of a segment, for its two backward passes and for what its frontend computes between them."""
     passes = (segment_cotangent(problem, None, has_dlast), segment_backward(problem, None, has_dlast))
     between = {"m_initial", "m_last", *(("picked", "c_last", "n_last") if has_dlast else ())}
-    read = {x for y in passes for x in y.inputs} - {"dh", *NORMALISER, *(f"d{name}" for name in LAST)}
+    read = {x for y in passes for x in y.inputs} - {"dh", *NORMALISER, STATE_WEIGHT, *(f"d{name}" for name in LAST)}
     return frozenset(read | between)

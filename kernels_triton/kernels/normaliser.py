@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import POINTERS
+from .common import POINTERS, exp2_difference, load_pair
 from .packing import chunk_count, chunk_span
 from .tiles import contiguous_rows, load_tokens, token_view
 
@@ -18,19 +18,24 @@ def normaliser_backward(
     dh, dh_sb, dh_sh, dh_st,  # (B, H, T, V) in units of UNIT elements
     r,  # (B, H, NT * L) signed normaliser n.q; or the whole positive normaliser d if D_GIVEN; neither without NORMALIZE
     floor,  # (B, H, NT * L) exp(-m)
-    a,  # (B, H, NT * L) unless PAIRS
+    a,  # (B, H, NT * L)
+    a_low,  # (B, H, NT * L) if PAIRS
+    gamma,  # (B, H, NT) if PAIRS
+    gamma_low,  # (B, H, NT) likewise
     chunks,  # of packed sequences: see packing.py
     sequences,  # likewise: how many; else 0
     T,
     e,  # (B, H, NT * L) a + log2 d, infinite from T on; if PAIRS 1 / d, 0 from T on. d = max(|r|, floor) + eps, or 1
     delta,  # (B, H, NT * L) d times the cotangent of r: -(dh . h) sign(r) where |r| > floor, else 0; without its
     # factor dh . h if FACTOR
+    state_weight,  # (B, H, NT * L) scale beta / d if PAIRS, else unused, one element
     H: tl.constexpr,
     V: tl.constexpr,
     L: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
     UNIT: tl.constexpr,
+    SCALE: tl.constexpr,
     EPS: tl.constexpr,
     EXACT: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -80,6 +85,11 @@ def normaliser_backward(
     tl.store(delta + o_row, b_delta)
     if PAIRS:
         b_e = tl.where(m_t, 1.0 / b_d, 0.0)
+        a_hi, a_lo = load_pair(a, a_low, o_row, True)
+        g_hi, g_lo = load_pair(gamma, gamma_low, head * n_chunks + row // L, True)
+        tl.store(state_weight + o_row, b_e * (exp2_difference(g_hi, g_lo, a_hi, a_lo, True) * SCALE))
     else:
         b_e = tl.where(m_t, tl.load(a + o_row) + tl.log2(b_d), float("inf"))
+        if pid == 0:
+            tl.store(state_weight, 0.0)
     tl.store(e + o_row, b_e)

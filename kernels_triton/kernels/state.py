@@ -48,12 +48,11 @@ def norm_product(b_norm, p_n, o_k, vt, K: tl.constexpr, BK: tl.constexpr):
 def state_scan(
     x, x_sb, x_sh, x_st,  # (B, H, T, K) in units of UNIT elements: k; backward: q
     y, y_sb, y_sh, y_st,  # (B, H, T, V) likewise: v; backward: dh
-    w,  # (B, H, NT * L) log2 of a token's weight in S and n, c; backward, if PAIRS: a
-    w_low,  # (B, H, NT * L) likewise, if PAIRS: c_low; backward: a_low
-    e,  # (B, H, NT * L) backward
+    w,  # (B, H, NT * L) log2 of a token's weight in S and n, c; backward, if PAIRS: its weight in S, scale beta / d
+    w_low,  # (B, H, NT * L) forward, if PAIRS: c_low
+    e,  # (B, H, NT * L) backward, unless PAIRS: scale beta / d follows from it and gamma
     u,  # (B, H, NT * L) backward: a token's weight in n over that in S, delta
     gamma,  # (B, H, NT) log2
-    gamma_low,  # (B, H, NT) backward, if PAIRS
     state_in,  # (B, H, K, V) if HAS_STATE_IN: c_initial; backward: the cotangent of c_last
     norm_in,  # (B, H, K) likewise for n, if HAS_NORM_IN
     fw_last,  # (B, H, K, V) backward, if HAS_STATE_IN: c_last
@@ -181,7 +180,7 @@ def state_scan(
             tl.store(p_outer, product)
 
     if SEGMENTS >= FOLLOW:
-        for s in tl.range(0, rank, num_stages=3):
+        for s in tl.range(0, rank, num_stages=1 if PACKED else 3):  # packed, that takes registers
             o_sum = o_sums + ((begin + s * segment) // 4 if PACKED else s)
             decay = tl.load(decays + o_sum)
             b_sum = load_state((sums + o_sum * K * V,), k0, v0, K, V, BK, BV, POINTERS)
@@ -216,8 +215,11 @@ def state_scan(
         t = t_first + (n - begin) * L + step % PER * BT
         o_w = head * padded + n * L + step % PER * BT + o_t
         if BACKWARD:
-            hi, lo, factor = load_row_decays(w, w_low, e, o_w, PAIRS)
-            b_w = state_weight(hi, lo, factor, gamma + o_chunk, gamma_low + o_chunk, SCALE, PAIRS)
+            if PAIRS:  # stored: computed here from pairs, it costs ptxas all registers for some float32 heads
+                b_w = tl.load(w + o_w)
+            else:
+                hi, lo, factor = load_row_decays(w, w, e, o_w, False)
+                b_w = state_weight(hi, lo, factor, gamma + o_chunk, gamma + o_chunk, SCALE, False)
             if HAS_NORMS:
                 b_u = b_w * tl.load(u + o_w)
         else:
