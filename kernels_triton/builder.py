@@ -37,6 +37,11 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
         """Four tokens per thread, in both kernels: how many warps there are decides in which order they add."""
         return Tile(0, 0, 0, 0, num_warps=max(1, self.G * self.L // 128), num_stages=1)
 
+    @property
+    def _token_warps(self) -> int:
+        """Of kernels that take a chunk's tokens one per thread."""
+        return max(1, min(4, self.L // 32))
+
     def gates_sums(self) -> Launch:
         """Prefix sums inside the chunks."""
         head = (self.p.B, self.p.H)
@@ -141,7 +146,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
         p, tile = self.p, self.config.normaliser
         reads = p.exact and not given and not factor  # else there is so little to do that a program takes a whole chunk
         if not reads:
-            tile = dataclasses.replace(tile, BT=self.L, num_warps=max(1, min(4, self.L // 32)))
+            tile = dataclasses.replace(tile, BT=self.L, num_warps=self._token_warps)
         sb, sh, st = self.strides["dh"]
         unit = math.gcd(16, sb, sh, st) or 16
         return self._launch(
@@ -257,7 +262,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
                 "dm_initial": ("dm_initial", Spec(p.state_heads, "float32")),
             },
             self.heads * self.NT,
-            Tile(0, 0, 0, 0, num_warps=max(1, min(4, self.L // 32)), num_stages=1),
+            Tile(0, 0, 0, 0, num_warps=self._token_warps, num_stages=1),
             NKT=key_tiles,
             NW=key_tiles,
             NP=scan_tiles,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from .kernels import fused_backward, fused_forward
 from .launch import Launch, Spec
 from .launch_builder import GATES, NORMALISER, LaunchBuilder
-from .problem import contiguous_strides
 
 
 class FusedBuilder(LaunchBuilder):
@@ -65,11 +64,8 @@ class FusedBuilder(LaunchBuilder):
         p, tile = self.p, self.config.dfused
         assert tile is not None
         head = (p.B, p.H)
-        read = [(x, x) for x in ("q", "k", "v", "dh")]
-        if find_delta:
-            self.strides["h"] = contiguous_strides(p.H, p.T, p.V, p.layout)
-            read.append(("h", "h"))
-        tokens, unit = self._tokens(tile, *read)
+        read = ("q", "k", "v", "dh", *(("h",) if find_delta else ()))
+        tokens, unit = self._tokens(tile, *zip(read, read, strict=True))
         last = ("dc_last", "dn_last", "c_last", "n_last")
 
         def given(name: str, there: bool) -> str | None:

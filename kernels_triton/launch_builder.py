@@ -10,7 +10,7 @@ from typing import Any
 from .config import Config, Tile, configure
 from .launch import Descriptor, Launch, Operand, Spec
 from .packing import packed_chunks, table_size
-from .problem import Problem, Strides
+from .problem import Problem, Strides, contiguous_strides
 
 # Buffers that the gates' kernel makes and most others read.
 GATES = ("c", "c_low", "a", "a_low", "gamma", "gamma_low")
@@ -37,7 +37,8 @@ class LaunchBuilder:
         self.NT = packed_chunks(problem.T, problem.sequences, self.L) if self.packed else cdiv(problem.T, self.L)
         self.G = max(1, min(32, self.config.gates // self.L))  # chunks that the gates' kernels take at a time
         self.rows = (problem.B, problem.H, self.NT * self.L)
-        self.strides: dict[str, Strides] = dict(problem.strides)
+        h = contiguous_strides(problem.H, problem.T, problem.V, problem.layout)
+        self.strides: dict[str, Strides] = {**dict(problem.strides), "h": h}
         self.state_dtype = "bfloat16" if problem.dtype == "bfloat16" else "float32"
         # The backward pass of the recurrent form makes the chunkwise h for itself alone: no need to round it.
         self.h_dtype = "float32" if problem.form == "recurrent" else problem.dtype
@@ -64,8 +65,7 @@ class LaunchBuilder:
     @property
     def decays(self) -> dict[str, str | None]:
         """The operands that the gradients' decays come from, before what the normaliser's kernel made of a."""
-        low = {name: name if self.pairs else None for name in ("c_low", "a", "a_low")}
-        return {"c": "c", **low, **self._gates_backward("gamma", "gamma_low")}
+        return self._gates_backward(*GATES) | {"a": "a" if self.pairs else None}
 
     @property
     def packing(self) -> dict[str, Operand | None]:

@@ -104,7 +104,10 @@ def _backward_builder(problem: Problem, dh_strides: Strides | None, config: Conf
 
 
 def _backward(b: Builder, has_dlast: bool, norms: bool, find_delta: bool = False) -> list[Launch]:
-    """From the normaliser to the sums for the gates' gradients. norms: n has a cotangent."""
+    """From the normaliser to the sums for the gates' gradients. norms: n has a cotangent.
+
+    find_delta: the normaliser's kernel left its cotangent's factor dh . h to the fused one.
+    """
     launches = [] if b.p.save_states else [*b.state_forward(("unused_c_last", "unused_n_last"))]
     if b.config.fused:
         return [*launches, b.fused_backward(has_dlast, norms, find_delta)]

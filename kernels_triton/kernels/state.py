@@ -215,7 +215,7 @@ def state_scan(
         t = t_first + (n - begin) * L + step % PER * BT
         o_w = head * padded + n * L + step % PER * BT + o_t
         if BACKWARD:
-            if PAIRS:  # stored: computed here from pairs, it costs ptxas all registers for some float32 heads
+            if PAIRS:  # stored: where it is computed here from pairs, ptxas spills kilobytes for heads of 64
                 b_w = tl.load(w + o_w)
             else:
                 hi, lo, factor = load_row_decays(w, w, e, o_w, False)
