@@ -239,7 +239,7 @@ class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
     def gates_gradient(self, has_dlast: bool, has_dm_last: bool) -> Launch:
         """di, df and the initial stabiliser's gradient. has_dlast: the last state has a cotangent."""
         p = self.p
-        fused = self.config.fused is not None
+        fused = self.config.dfused is not None
         key_tiles = 1 if fused else cdiv(p.K, self.config.backward.BK)
         scan_tiles = 1 if fused else self._tiles(backward=True)
         return self._launch(

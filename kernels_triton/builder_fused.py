@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .kernels import fused_backward, fused_forward
 from .launch import Launch, Spec
-from .launch_builder import GATES, NORMALISER, LaunchBuilder
+from .launch_builder import GATES, NORMALISER, LaunchBuilder, cdiv
 
 
 class FusedBuilder(LaunchBuilder):
@@ -34,9 +34,9 @@ class FusedBuilder(LaunchBuilder):
                 "c_last": ("c_last", Spec((*p.state_heads, p.K, p.V), "float32")),
                 "n_last": ("n_last", Spec((*p.state_heads, p.K), "float32")),
             },
-            self.all_heads,
+            self.all_heads * cdiv(p.V, tile.BV),
             tile,
-            "BK BV",
+            "BT BK BV",
             K=p.K,
             V=p.V,
             UNIT=unit,
@@ -54,7 +54,7 @@ class FusedBuilder(LaunchBuilder):
     @property
     def finds_delta(self) -> bool:
         """Whether the fused backward kernel can find dh . h itself: by matrix units, in bfloat16."""
-        return self.config.fused is not None and self.p.exact and self.p.dtype == "bfloat16"
+        return self.config.dfused is not None and self.p.exact and self.p.dtype == "bfloat16"
 
     def fused_backward(self, has_dlast: bool, norms: bool = True, find_delta: bool = False) -> Launch:
         """dq, dk, dv, the initial state's gradient, and what the gates' gradients need, for small heads.

@@ -57,8 +57,8 @@ class Config:
     forward: Tile
     backward: Tile
     normaliser: Tile
-    fused: Tile | None = None  # many small heads: instead of state and forward
-    dfused: Tile | None = None  # and instead of dstate and backward; both or none
+    fused: Tile | None = None  # many heads: instead of state and forward
+    dfused: Tile | None = None  # many small heads: instead of dstate and backward; only with fused
 
 
 FUSED = ("fused", "dfused")

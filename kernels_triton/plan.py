@@ -109,7 +109,7 @@ def _backward(b: Builder, has_dlast: bool, norms: bool, find_delta: bool = False
     find_delta: the normaliser's kernel left its cotangent's factor dh . h to the fused one.
     """
     launches = [] if b.p.save_states else [*b.state_forward(("unused_c_last", "unused_n_last"))]
-    if b.config.fused:
+    if b.config.dfused:
         return [*launches, b.fused_backward(has_dlast, norms, find_delta)]
     return [*launches, *b.state_backward(has_dlast, has_dlast and norms, norms=norms), b.gradients(norms)]
 

@@ -108,7 +108,8 @@ def test_every_architecture_has_a_table(arch):
             p = dataclasses.replace(problem(B=1, H=heads, K=K, V=V, dtype=dtype), arch=arch)
             config = configure(p)
             assert (config.fused is not None) <= (heads >= MANY_HEADS)
-            assert config.fused is None or (config.fused.BK >= K and config.fused.BV >= V)
+            assert config.fused is None or config.fused.BK >= K
+            assert config.dfused is None or (config.dfused.BK >= K and config.dfused.BV >= V)
     assert table("unheard of") == table("gfx942")
 
 

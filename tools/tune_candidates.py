@@ -16,7 +16,7 @@ BLOCKS: dict[str, tuple[tuple[int, ...], ...]] = {
     "forward": ((32, 64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)),
     "backward": ((32, 64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)),
     "normaliser": ((16, 32, 64), (16,), (64, 128, 256), (2, 4), (2,)),
-    "fused": ((64,), (64,), (64,), (4, 8), (1, 2, 3)),
+    "fused": ((64,), (64, 128), (64, 128), (4, 8), (1, 2, 3)),
     "dfused": ((64,), (64,), (64,), (4, 8), (1, 2, 3)),
 }
 # The kernel that a field of Config shapes; scans run twice, forward and backward.
@@ -40,7 +40,9 @@ def valid(field: str, tile: Tile, config: Config, K: int, V: int) -> bool:
         return False
     if config.L // tile.BT % tile.span:  # there are no two tiles
         return False
-    return field not in FUSED or (tile.BT == config.L and tile.BK >= K and tile.BV >= V)
+    if field == "dfused" and (tile.BT < config.L or tile.BV < V):
+        return False
+    return field not in FUSED or tile.BK >= K
 
 
 def candidates(field: str, config: Config, K: int, V: int, descriptors: bool = False) -> Iterator[Tile]:

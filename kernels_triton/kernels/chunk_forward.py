@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import dot, exp2_difference, load_pair, operand, zeros_tuple
+from .common import GIVEN, columns, dot, exp2_difference, load_pair, operand, zeros_tuple
 from .packing import chunk_count, chunk_span
 from .tiles import contiguous_rows, load_norm, load_state, load_tokens, state_view, store_tokens, token_view
 
@@ -27,7 +27,10 @@ def _add_scores(
         keys = keys + (load_tokens(k, y * BT, k0, BT, K, BK, SOURCE),)
     if NORMALIZE:
         b_norm = load_norm(norm, k0 + tl.arange(0, BK), K, BK, STATES)
-        b_r += tl.sum(b_q.to(tl.float32) * b_norm[None, :], 1)
+        if STATES == GIVEN and b_q.dtype == tl.bfloat16:
+            b_r += tl.sum(dot(b_q, columns(b_norm), tl.zeros([BT, 16], tl.float32), PRECISION), 1)
+        else:
+            b_r += tl.sum(b_q.to(tl.float32) * b_norm[None, :], 1)
     updated = ()
     for y in tl.static_range(COUNT):
         updated = updated + (dot(b_q, tl.trans(keys[y]), scores[y], PRECISION),)
@@ -36,13 +39,14 @@ def _add_scores(
 
 @triton.jit
 def rows_forward(
-    q, k, v, p_c, p_c_low, p_a, p_a_low, p_gamma, p_gamma_low, p_floor, state, norm, p_h, h_row, p_r, p_d,
-    length,
+    q, k, v, p_c, p_c_low, p_a, p_a_low, g_hi, g_lo, p_floor, state, norm, p_h, h_row, p_r, p_d,
+    length, v_first, owner,
     K: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    SHARE: tl.constexpr,
     COUNT: tl.constexpr,
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
@@ -58,7 +62,6 @@ def rows_forward(
 
     # All loads before the first product: their latencies overlap.
     a_hi, a_lo = load_pair(p_a, p_a_low, t_q, True)
-    g_hi, g_lo = load_pair(p_gamma, p_gamma_low, 0, True)
     if NORMALIZE:
         b_floor = tl.load(p_floor + t_q)
     scores = zeros_tuple(COUNT, BT, BT)
@@ -90,12 +93,14 @@ def rows_forward(
     if NORMALIZE:
         b_r *= SCALE
         b_normaliser = tl.maximum(tl.abs(b_r), b_floor) + EPS
-        tl.store(p_r + t_q, b_r)
+        if owner:
+            tl.store(p_r + t_q, b_r)
         if STORE_D:
             tl.store(p_d + t_q, b_normaliser, mask=t_q < length)
         b_inverse = SCALE / b_normaliser
 
-    for v0 in range(0, V, BV):
+    for start in range(0, SHARE, BV):
+        v0 = v_first + start
         b_h = tl.zeros([BT, BV], tl.float32)
         if BK >= K:
             b_state = load_state(state, 0, v0, K, V, BK, BV, STATES)
@@ -183,10 +188,11 @@ def chunk_forward(
     if PACKED:
         if length <= 0:
             return
+    g_hi, g_lo = load_pair(gamma, gamma_low, o_chunk, True)
     for tile in tl.static_range(NRT):
         if role == tile:
             rows_forward(
-                q_view, k_view, v_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row, gamma + o_chunk,
-                gamma_low + o_chunk, floor + o_row, state, p_norm, h + o_h, h_row, r + o_row, d + head * T + t, length,
-                K, V, BT, BK, BV, tile + 1, SCALE, EPS, STORE_D, NORMALIZE, SOURCE, SOURCE, BF16, PRECISION,
+                q_view, k_view, v_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row, g_hi,
+                g_lo, floor + o_row, state, p_norm, h + o_h, h_row, r + o_row, d + head * T + t, length, 0, True,
+                K, V, BT, BK, BV, V, tile + 1, SCALE, EPS, STORE_D, NORMALIZE, SOURCE, SOURCE, BF16, PRECISION,
             )  # fmt: skip

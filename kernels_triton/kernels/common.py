@@ -92,6 +92,16 @@ def row_products(x, y, N: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def columns(x):
+    """A vector as three bfloat16 columns of 16 that add up to it: products with them are as exact as float32's."""
+    o = tl.arange(0, 16)[None, :]
+    first = cast(x, tl.bfloat16).to(tl.float32)
+    second = cast(x - first, tl.bfloat16).to(tl.float32)
+    y = tl.where(o == 0, first[:, None], tl.where(o == 1, second[:, None], (x - first - second)[:, None]))
+    return cast(tl.where(o < 3, y, 0.0), tl.bfloat16)
+
+
+@triton.jit
 def as_accumulator(x, PRECISION: tl.constexpr):
     """x in the layout of a product's accumulator, which fixes the order of a sum over it however tiles are read.
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .chunk_forward import rows_forward
-from .common import GIVEN, POINTERS, dot, operand
+from .common import GIVEN, POINTERS, columns, dot, load_pair, operand
 from .packing import chunk_count, sequence_span
 from .tiles import contiguous_rows, load_state, load_tokens, load_vector, store_state, store_vector, token_view
 
@@ -16,18 +16,26 @@ from .tiles import contiguous_rows, load_state, load_tokens, load_vector, store_
 def advance(
     b_state, b_norm, b_x, b_y, b_w, b_u, decay,
     HAS_NORMS: tl.constexpr,
+    APART: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state and n one chunk on: S <- decay S + sum_t w_t x_t y_t^T, n <- decay n + sum_t u_t x_t."""
     b_xt = tl.trans(b_x).to(tl.float32)
     b_xw = operand(b_xt * b_w[None, :], BF16, PRECISION)
-    # Not added up in the product's own accumulator: backward, the assembler would then run every product of the loop
-    # one instruction at a time (its remark C7515).
-    b_sum = dot(b_xw, operand(b_y, BF16, PRECISION), tl.zeros(b_state.shape, tl.float32), PRECISION)
-    b_state = tl.fma(b_state, decay, b_sum)
+    if APART:
+        # Not added up in the product's own accumulator: backward, the assembler would then run every product of the
+        # loop one instruction at a time (its remark C7515).
+        b_sum = dot(b_xw, operand(b_y, BF16, PRECISION), tl.zeros(b_state.shape, tl.float32), PRECISION)
+        b_state = tl.fma(b_state, decay, b_sum)
+    else:
+        b_state = dot(b_xw, operand(b_y, BF16, PRECISION), b_state * decay, PRECISION)
     if HAS_NORMS:
-        b_norm = b_norm * decay + tl.sum(b_xt * b_u[None, :], 1)
+        if APART:
+            b_norm = b_norm * decay + tl.sum(b_xt * b_u[None, :], 1)
+        else:
+            added = dot(tl.trans(b_x), columns(b_u), tl.zeros([b_x.shape[1], 16], tl.float32), PRECISION)
+            b_norm = b_norm * decay + tl.sum(added, 1)
     return b_state, b_norm
 
 
@@ -62,6 +70,7 @@ def fused_forward(
     K: tl.constexpr,
     V: tl.constexpr,
     L: tl.constexpr,
+    BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     UNIT: tl.constexpr,
@@ -76,8 +85,12 @@ def fused_forward(
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per head (and packed sequence); BK and BV cover K and V."""
-    state = tl.program_id(0).to(tl.int64)
+    """One program per head (and packed sequence) and BV values, BT tokens at a time; BK covers K."""
+    NVT: tl.constexpr = (V + BV - 1) // BV
+    PER: tl.constexpr = L // BT
+    pid = tl.program_id(0).to(tl.int64)
+    v0 = (pid % NVT * BV).to(tl.int32)
+    state = pid // NVT
     head = state % H if PACKED else state
     n_chunks = chunk_count(T, sequences, L, PACKED)
     first, stop, t_first, t_end = sequence_span(chunks, state // H, n_chunks, T, PACKED)
@@ -87,35 +100,55 @@ def fused_forward(
     b_state = tl.zeros([BK, BV], tl.float32)
     b_norm = tl.zeros([BK], tl.float32)
     if HAS_INITIAL:
-        b_state = load_state((c_initial + state * K * V,), 0, 0, K, V, BK, BV, POINTERS).to(tl.float32)
+        b_state = load_state((c_initial + state * K * V,), 0, v0, K, V, BK, BV, POINTERS).to(tl.float32)
         if NORMALIZE:
             b_norm = load_vector(n_initial + state * K, o_k, K, BK).to(tl.float32)
-    if not SAVE and state == 0:
+    if not SAVE and pid == 0:
         tl.store(states, 0.0)
-    if not (SAVE and NORMALIZE) and state == 0:
+    if not (SAVE and NORMALIZE) and pid == 0:
         tl.store(norms, 0.0)
-    if not NORMALIZE and state == 0:
+    if not NORMALIZE and pid == 0:
         tl.store(r, 0.0)
 
-    for n in range(first, stop):
-        t = t_first + (n - first) * L
+    for step in tl.range(first * PER, stop * PER, disable_licm=True):
+        n = step // PER
+        within = step % PER * BT
         o_chunk = head * n_chunks + n
-        o_row = head * padded + n * L
-        b_q = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
-        b_k = load_tokens(token_view(k, k_sb, k_sh, k_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
-        b_v = load_tokens(token_view(v, v_sb, v_sh, v_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, V, BV, SOURCE)
+        o_row = head * padded + n * L + within
+        t = t_first + (n - first) * L + within
+        if PER > 1:
+            t = tl.minimum(t, end - 1)
+        b_q = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, end, H, UNIT, SOURCE), 0, 0, BT, K, BK, SOURCE)
+        b_k = load_tokens(token_view(k, k_sb, k_sh, k_st, head, t, end, H, UNIT, SOURCE), 0, 0, BT, K, BK, SOURCE)
+        b_v = load_tokens(token_view(v, v_sb, v_sh, v_st, head, t, end, H, UNIT, SOURCE), 0, v0, BT, V, BV, SOURCE)
+        g_hi, g_lo = load_pair(gamma, gamma_low, o_chunk, True)
+        e_hi = 0.0
+        e_lo = 0.0
+        if PER > 1:  # inside a chunk the state is relative to the largest a so far, that of the token before
+            a_hi, a_lo = load_pair(a, a_low, tl.maximum(o_row - 1, 0), True)
+            g_hi = tl.where(within > 0, a_hi, g_hi)
+            g_lo = tl.where(within > 0, a_lo, g_lo)
+            e_hi, e_lo = load_pair(a, a_low, o_row + BT - 1, True)
+            whole = (within == L - BT) | (e_hi == float("-inf"))
+            e_hi = tl.where(whole, 0.0, e_hi)
+            e_lo = tl.where(whole, 0.0, e_lo)
         if SAVE:
-            store_state((states + o_chunk * K * V,), b_state, 0, 0, K, V, BK, BV, POINTERS)
-            if NORMALIZE:
-                store_vector(norms + o_chunk * K, b_norm, o_k, K, BK)
+            if within == 0:
+                store_state((states + o_chunk * K * V,), b_state, 0, v0, K, V, BK, BV, POINTERS)
+                if NORMALIZE and v0 == 0:
+                    store_vector(norms + o_chunk * K, b_norm, o_k, K, BK)
         o_h, h_row = contiguous_rows(head, t, T, H, V, BTHD)
         rows_forward(
-            (b_q,), (b_k,), (b_v,), c + o_row, c_low + o_row, a + o_row, a_low + o_row, gamma + o_chunk,
-            gamma_low + o_chunk, floor + o_row, (b_state,), b_norm, h + o_h, h_row, r + o_row, r, t_end - t,
-            K, V, L, BK, BV, 1, SCALE, EPS, False, NORMALIZE, GIVEN, GIVEN, BF16, PRECISION,
+            (b_q,), (b_k,), (b_v,), c + o_row, c_low + o_row, a + o_row, a_low + o_row, g_hi, g_lo, floor + o_row,
+            (b_state,), b_norm, h + o_h, h_row, r + o_row, r, t_end - t, v0, v0 == 0,
+            K, V, BT, BK, BV, BV, 1, SCALE, EPS, False, NORMALIZE, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
-        decay = tl.exp2(tl.load(gamma + o_chunk))
-        b_alpha = tl.exp2(tl.load(c + o_row + tl.arange(0, L)))
-        b_state, b_norm = advance(b_state, b_norm, b_k, b_v, b_alpha, b_alpha, decay, NORMALIZE, BF16, PRECISION)
-    store_state((c_last + state * K * V,), b_state, 0, 0, K, V, BK, BV, POINTERS)
-    store_vector(n_last + state * K, b_norm, o_k, K, BK)
+        c_hi, c_lo = load_pair(c, c_low, o_row + tl.arange(0, BT), True)
+        decay = tl.exp2((g_hi - e_hi) + (g_lo - e_lo))
+        b_alpha = tl.exp2((c_hi - e_hi) + (c_lo - e_lo))
+        b_state, b_norm = advance(
+            b_state, b_norm, b_k, b_v, b_alpha, b_alpha, decay, NORMALIZE, PER == 1, BF16, PRECISION
+        )
+    store_state((c_last + state * K * V,), b_state, 0, v0, K, V, BK, BV, POINTERS)
+    if v0 == 0:
+        store_vector(n_last + state * K, b_norm, o_k, K, BK)

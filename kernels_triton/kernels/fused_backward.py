@@ -147,7 +147,9 @@ def fused_backward(
         b_w = state_weight(hi, lo, factor, gamma + o_chunk, gamma_low + o_chunk, SCALE, PAIRS)
         # q again: a tile that is used from registers too would not be fetched ahead for the products above.
         b_q = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
-        b_state, b_norm = advance(b_state, b_norm, b_q, b_dh, b_w, b_w * b_delta, decay, HAS_NORMS, BF16, PRECISION)
+        b_state, b_norm = advance(
+            b_state, b_norm, b_q, b_dh, b_w, b_w * b_delta, decay, HAS_NORMS, True, BF16, PRECISION
+        )
 
     store_state((dc_initial + o_state,), b_state, 0, 0, K, V, BK, BV, POINTERS)
     store_vector(dn_initial + state * K, b_norm, o_k, K, BK)

@@ -21,6 +21,7 @@ from tools.parity import check_case
 STATES = {"initial": True, "last": True}
 VARIANTS = (
     (Case("split-gates", B=1, H=1, T=1060, K=16, V=16, chunk_size=16, **STATES), "gates_sums"),
+    (Case("fused-wide", B=1, H=2, T=300, K=72, V=136, dtype="bfloat16", **STATES), "fused_forward"),
     (Case("fused", B=1, H=2, T=150, K=16, V=24, dtype="bfloat16", **STATES), "fused_backward"),
     (
         Case("fused-recomputed", B=1, H=2, T=150, K=16, V=24, dtype="bfloat16", save_states=False, **STATES),
