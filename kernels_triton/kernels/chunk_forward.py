@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import GIVEN, columns, dot, exp2_difference, load_pair, operand, zeros_tuple
+from .common import GIVEN, dot, exp2_difference, load_pair, operand, times_vector, zeros_tuple
 from .packing import chunk_count, chunk_span
 from .tiles import contiguous_rows, load_norm, load_state, load_tokens, state_view, store_tokens, token_view
 
@@ -27,8 +27,8 @@ def _add_scores(
         keys = keys + (load_tokens(k, y * BT, k0, BT, K, BK, SOURCE),)
     if NORMALIZE:
         b_norm = load_norm(norm, k0 + tl.arange(0, BK), K, BK, STATES)
-        if STATES == GIVEN and b_q.dtype == tl.bfloat16:
-            b_r += tl.sum(dot(b_q, columns(b_norm), tl.zeros([BT, 16], tl.float32), PRECISION), 1)
+        if STATES == GIVEN:
+            b_r += times_vector(b_q, b_norm, PRECISION)
         else:
             b_r += tl.sum(b_q.to(tl.float32) * b_norm[None, :], 1)
     updated = ()

@@ -7,36 +7,9 @@ import triton
 import triton.language as tl
 
 from .chunk_forward import rows_forward
-from .common import GIVEN, POINTERS, columns, dot, load_pair, operand
+from .common import GIVEN, POINTERS, dot, load_pair, operand, times_vector
 from .packing import chunk_count, sequence_span
 from .tiles import contiguous_rows, load_state, load_tokens, load_vector, store_state, store_vector, token_view
-
-
-@triton.jit
-def advance(
-    b_state, b_norm, b_x, b_y, b_w, b_u, decay,
-    HAS_NORMS: tl.constexpr,
-    APART: tl.constexpr,
-    BF16: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The state and n one chunk on: S <- decay S + sum_t w_t x_t y_t^T, n <- decay n + sum_t u_t x_t."""
-    b_xt = tl.trans(b_x).to(tl.float32)
-    b_xw = operand(b_xt * b_w[None, :], BF16, PRECISION)
-    if APART:
-        # Not added up in the product's own accumulator: backward, the assembler would then run every product of the
-        # loop one instruction at a time (its remark C7515).
-        b_sum = dot(b_xw, operand(b_y, BF16, PRECISION), tl.zeros(b_state.shape, tl.float32), PRECISION)
-        b_state = tl.fma(b_state, decay, b_sum)
-    else:
-        b_state = dot(b_xw, operand(b_y, BF16, PRECISION), b_state * decay, PRECISION)
-    if HAS_NORMS:
-        if APART:
-            b_norm = b_norm * decay + tl.sum(b_xt * b_u[None, :], 1)
-        else:
-            added = dot(tl.trans(b_x), columns(b_u), tl.zeros([b_x.shape[1], 16], tl.float32), PRECISION)
-            b_norm = b_norm * decay + tl.sum(added, 1)
-    return b_state, b_norm
 
 
 @triton.jit(
@@ -146,9 +119,11 @@ def fused_forward(
         c_hi, c_lo = load_pair(c, c_low, o_row + tl.arange(0, BT), True)
         decay = tl.exp2((g_hi - e_hi) + (g_lo - e_lo))
         b_alpha = tl.exp2((c_hi - e_hi) + (c_lo - e_lo))
-        b_state, b_norm = advance(
-            b_state, b_norm, b_k, b_v, b_alpha, b_alpha, decay, NORMALIZE, PER == 1, BF16, PRECISION
-        )
+        b_kt = operand(tl.trans(b_k), BF16, PRECISION)
+        b_vw = operand(b_v.to(tl.float32) * b_alpha[:, None], BF16, PRECISION)
+        b_state = dot(b_kt, b_vw, b_state * decay, PRECISION)
+        if NORMALIZE:
+            b_norm = b_norm * decay + times_vector(tl.trans(b_k), b_alpha, PRECISION)
     store_state((c_last + state * K * V,), b_state, 0, v0, K, V, BK, BV, POINTERS)
     if v0 == 0:
         store_vector(n_last + state * K, b_norm, o_k, K, BK)
