@@ -18,7 +18,7 @@ LENGTHS = ((5, 0, 33, 1, 16), (40,), (0, 0, 1))
 
 def packed_case(lengths, **options):
     """A call on packed sequences, without its offsets."""
-    return make_case(T=sum(lengths), N=len(lengths), layout="bthd", chunk_size=16, **options)
+    return make_case(**{"T": sum(lengths), "N": len(lengths), "layout": "bthd", "chunk_size": 16} | options)
 
 
 def with_offsets(lengths, dtype=np.int64):

@@ -107,10 +107,21 @@ def test_every_architecture_has_a_table(arch):
         for dtype in ("float32", "bfloat16", "float16"):
             p = dataclasses.replace(problem(B=1, H=heads, K=K, V=V, dtype=dtype), arch=arch)
             config = configure(p)
-            assert (config.fused is not None) <= (heads >= MANY_HEADS)
+            assert (config.fused is not None) <= (heads >= 40) and (config.dfused is not None) <= (heads >= MANY_HEADS)
             assert config.fused is None or config.fused.BK >= K
             assert config.dfused is None or (config.dfused.BK >= K and config.dfused.BV >= V)
     assert table("unheard of") == table("gfx942")
+
+
+def test_fused_kernels_where_they_fill_the_gpu():
+    """Heads in parts of V take the fused kernel only if its last round of programs leaves few multiprocessors idle."""
+
+    def fused(heads: int, V: int) -> bool:
+        p = dataclasses.replace(problem(B=1, H=heads, K=128, V=V, dtype="bfloat16"), arch="sm_90")
+        return configure(p).fused is not None
+
+    taken = {V: [heads for heads in (16, 64, 96, 128, 144, 192, 256) if fused(heads, V)] for V in (64, 256)}
+    assert taken == {64: [128, 144, 192, 256], 256: [64, 128, 192, 256]}
 
 
 def test_a_launch_checks_its_names():

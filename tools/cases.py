@@ -253,6 +253,10 @@ CASES: tuple[Case, ...] = (
     # many small heads (fused kernels), and a few long ones (gates in two launches)
     *(_gpu(f"gpu-many-heads-{mode}", **MANY, normalizer_grad=mode) for mode in MODES),
     _gpu("gpu-many-heads-recompute", **MANY, save_states=False),
+    # many heads of some parts of V (fused forward)
+    *(_gpu(f"gpu-many-heads-{K}x{V}", **{**MANY, "K": K, "V": V, "T": 1000}) for K, V in ((128, 256), (100, 200))),
+    _gpu("gpu-many-heads-128x256-bthd", **{**MANY, "K": 128, "V": 256, "layout": "bthd", "save_states": False}),
+    _gpu("gpu-many-heads-128x256-plain", **{**MANY, **PLAIN, "K": 128, "V": 256}),
     _gpu("gpu-long-heads", dtype="bfloat16", H=2, T=16384, K=64, V=64, f_gate=(6.0, 1.0), initial=True, last=True),
     _gpu("gpu-documents", dtype="bfloat16", K=64, V=128, documents=True, initial=True, last=True),
     *(_gpu(f"gpu-{p}", K=128, V=128, T=1000, precision=p) for p in ("tf32x3", "tf32")),
@@ -271,6 +275,7 @@ CASES: tuple[Case, ...] = (
         for d in ("bfloat16", "float32")
     ),
     _packed("gpu-packed-many-heads", (500, 20), H=128, dtype="bfloat16", K=64, V=64, chunk_size=None, gpu=True),
+    _packed("gpu-packed-many-heads-128x256", (500, 20, 130), dtype="bfloat16", **{**PACKED_MODEL, "H": 128}),
     _packed("gpu-packed-plain", (700, 1300), **PLAIN, dtype="bfloat16", **PACKED_MODEL),
     *(
         _gpu(f"gpu-recurrent-{d}", form="recurrent", dtype=d, T=16, K=256, V=512, initial=True, last=True)

@@ -31,6 +31,7 @@ VARIANTS = (
         (Case(f"{name}-sigmoid-{plain}", input_gate="sigmoid", normalize=not plain, **case, **STATES), kernel)
         for name, case, kernel in (
             ("fused", {"H": 2, "T": 150, "K": 16, "V": 24, "dtype": "bfloat16"}, "fused_backward"),
+            ("fused-wide", {"H": 1, "T": 150, "K": 16, "V": 136, "dtype": "bfloat16"}, "fused_forward"),
             ("segments", {"H": 1, "T": 560, "K": 16, "V": 16, "chunk_size": 16}, "gates_sums"),
         )
         for plain in (False, True)
@@ -61,17 +62,42 @@ def by_torch(arrays, cotangents, **options):
     )
 
 
-@pytest.mark.parametrize("case, kernel", VARIANTS, ids=lambda x: getattr(x, "name", ""))
-def test_variant(case, kernel, monkeypatch):
-    monkeypatch.setattr(config, "MANY_HEADS", 2 if "fused" in case.name else config.MANY_HEADS)
+def _clear_plans():
     plan.forward_pass.cache_clear()
     plan.backward_pass.cache_clear()
+
+
+def _few_heads_are_many(monkeypatch):
+    monkeypatch.setattr(config, "MANY_HEADS", 2)
+    monkeypatch.setattr(config, "SIDE_BY_SIDE", 1)
+    _clear_plans()
+
+
+@pytest.mark.parametrize("case, kernel", VARIANTS, ids=lambda x: getattr(x, "name", ""))
+def test_variant(case, kernel, monkeypatch):
+    if "fused" in case.name:
+        _few_heads_are_many(monkeypatch)
+    _clear_plans()
     p = problem(case.B, case.H, case.T, case.K, case.V, dtype=case.dtype, chunk_size=case.chunk_size)
     assert kernel in {x.name for ps in (plan.forward_pass(p), plan.backward_pass(p)) for x in ps.launches}
     scans = [x.constexprs["SEGMENTS"] for x in plan.forward_pass(p).launches if x.name == "state_scan"]
     assert scans == [1, 2] or not case.name.startswith(("segments", "split"))
     result = check_case(case)
     assert result.status == "ok", [(row.tensor, row.identical, row.errors, row.tolerance) for row in result.rows]
+
+
+@pytest.mark.parametrize("V", [24, 136])
+def test_packed_fused_has_the_bits_of_one_alone(V, monkeypatch):
+    """Of one tile of values, and of several; the last chunk of a sequence is cut within and after its first half."""
+    _few_heads_are_many(monkeypatch)
+    lengths = (150, 0, 40)
+    case = packed_case(lengths, H=2, K=16, V=V, dtype="bfloat16", chunk_size=None)
+    p = problem(1, 2, 150, 16, V, dtype="bfloat16")
+    assert "fused_forward" in {x.name for x in plan.forward_pass(p).launches}
+    packed = run("torch", case, "interpret", with_offsets(lengths))
+    for s, start, stop, own in alone(case, lengths):
+        same_bits(part(packed, s, start, stop), run("torch", own, "interpret"))
+    same_bits(packed, run("jax", case, "interpret", with_offsets(lengths)))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -85,8 +111,7 @@ def test_dv_of_two_tiles_has_the_bits_of_one(packed, monkeypatch):
     for span in (1, 2):
         changed = [x | {"backward": [*(*x["backward"], 1)[:7], span], "L": 128} for x in entries]
         monkeypatch.setattr(config, "table", lambda arch, changed=changed: changed)
-        plan.forward_pass.cache_clear()
-        plan.backward_pass.cache_clear()
+        _clear_plans()
         launches = plan.backward_pass(problem(1, 1, 140, 16, 72, dtype="bfloat16")).launches
         assert [x.constexprs["SPAN"] for x in launches if "SPAN" in x.constexprs] == [span]
         via = with_offsets(lengths) if packed else None
@@ -107,8 +132,7 @@ def test_gates_in_two_launches_and_scans_in_segments_when_packed(monkeypatch):
     names = {x.name for x in plan.forward_pass(problem(1, 1, 530, 16, 16, chunk_size=16)).launches}
     assert {"gates_sums", "state_scan"} <= names
     monkeypatch.setattr(builder, "MANY_HEADS", 0)
-    plan.forward_pass.cache_clear()
-    plan.backward_pass.cache_clear()
+    _clear_plans()
     same_bits(split, run("torch", own, "interpret"))
 
 
