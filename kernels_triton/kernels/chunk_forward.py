@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .common import GIVEN, dot, exp2_difference, load_pair, operand, times_vector, zeros_tuple
 from .packing import chunk_count, chunk_span
-from .tiles import contiguous_rows, load_norm, load_state, load_tokens, state_view, store_tokens, token_view
+from .tiles import contiguous_rows, load_norm, load_state, load_tokens, state_view, store_tokens, token_view, vector
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _add_scores(
 
 @triton.jit
 def rows_forward(
-    q, k, v, p_c, p_c_low, p_a, p_a_low, g_hi, g_lo, p_floor, state, norm, p_h, h_row, p_r, p_d,
+    q, k, v, p_c, p_c_low, p_a, p_a_low, gamma, gamma_low, p_floor, state, norm, p_h, h_row, p_r, p_d,
     length, v_first, owner,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -62,6 +62,8 @@ def rows_forward(
 
     # All loads before the first product: their latencies overlap.
     a_hi, a_lo = load_pair(p_a, p_a_low, t_q, True)
+    g_hi = vector(gamma, 0)
+    g_lo = vector(gamma_low, 0)
     if NORMALIZE:
         b_floor = tl.load(p_floor + t_q)
     scores = zeros_tuple(COUNT, BT, BT)
@@ -188,11 +190,11 @@ def chunk_forward(
     if PACKED:
         if length <= 0:
             return
-    g_hi, g_lo = load_pair(gamma, gamma_low, o_chunk, True)
     for tile in tl.static_range(NRT):
         if role == tile:
             rows_forward(
-                q_view, k_view, v_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row, g_hi,
-                g_lo, floor + o_row, state, p_norm, h + o_h, h_row, r + o_row, d + head * T + t, length, 0, True,
+                q_view, k_view, v_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row, gamma + o_chunk,
+                gamma_low + o_chunk, floor + o_row, state, p_norm, h + o_h, h_row, r + o_row, d + head * T + t,
+                length, 0, True,
                 K, V, BT, BK, BV, V, tile + 1, SCALE, EPS, STORE_D, NORMALIZE, SOURCE, SOURCE, BF16, PRECISION,
             )  # fmt: skip
