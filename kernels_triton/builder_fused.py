@@ -1,4 +1,4 @@
-"""The launches of the fused kernels, for many small heads."""
+"""The launches of the fused kernels, for many heads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class FusedBuilder(LaunchBuilder):
     """One launch for what otherwise takes a scan over chunks and a kernel of each chunk."""
 
     def fused_forward(self, save: bool) -> Launch:
-        """h, the last state and, to save, the chunk-start states, for small heads."""
+        """h, the last state and, to save, the chunk-start states, for many heads."""
         p, tile = self.p, self.config.fused
         assert tile is not None
         tokens, unit = self._tokens(tile, ("q", "q"), ("k", "k"), ("v", "v"))

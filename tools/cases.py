@@ -250,7 +250,7 @@ CASES: tuple[Case, ...] = (
         _gpu(f"gpu-recompute-{mode}", dtype="bfloat16", K=128, V=256, save_states=False, normalizer_grad=mode)
         for mode in MODES
     ),
-    # many small heads (fused kernels), and a few long ones (gates in two launches)
+    # many heads (fused kernels), and a few long ones (gates in two launches)
     *(_gpu(f"gpu-many-heads-{mode}", **MANY, normalizer_grad=mode) for mode in MODES),
     _gpu("gpu-many-heads-recompute", **MANY, save_states=False),
     # many heads of some parts of V (fused forward)

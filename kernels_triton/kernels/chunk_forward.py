@@ -57,7 +57,10 @@ def rows_forward(
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The rows of the chunk's tile COUNT - 1 against the tiles up to there. Scores once, then blocks of values."""
+    """The rows of the chunk's tile COUNT - 1 against the tiles up to there. Scores once, then blocks of values.
+
+    SHARE values from v_first on; the owner stores r. gamma, gamma_low: the decay up to these rows, or pointers to it.
+    """
     t_q = (COUNT - 1) * BT + tl.arange(0, BT)
 
     # All loads before the first product: their latencies overlap.

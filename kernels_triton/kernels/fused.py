@@ -1,6 +1,7 @@
-"""The recurrence over chunks and each chunk's outputs in one kernel, for small heads.
+"""The recurrence over chunks and each chunk's outputs in one kernel, for many heads.
 
-The state stays in registers: nothing is read twice. Pays where a head's state is one tile and there are many heads.
+The state stays in registers: chunks' states are not read again, nor written where nobody needs them. A head whose state
+is more than registers hold is walked by several programs, each with a part of its values; they repeat the scores.
 """
 
 import triton
