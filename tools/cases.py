@@ -254,7 +254,14 @@ CASES: tuple[Case, ...] = (
     *(_gpu(f"gpu-many-heads-{mode}", **MANY, normalizer_grad=mode) for mode in MODES),
     _gpu("gpu-many-heads-recompute", **MANY, save_states=False),
     # many heads of some parts of V (fused forward)
-    *(_gpu(f"gpu-many-heads-{K}x{V}", **{**MANY, "K": K, "V": V, "T": 1000}) for K, V in ((128, 256), (100, 200))),
+    *(
+        _gpu(f"gpu-many-heads-{K}x{V}", **{**MANY, "K": K, "V": V, "T": 1000})
+        for K, V in ((128, 256), (100, 200), (64, 128), (128, 512))
+    ),
+    *(
+        _gpu(f"gpu-many-heads-{K}x{V}-chunk-{L}", **{**MANY, "K": K, "V": V, "chunk_size": L})
+        for K, V, L in ((128, 256, 16), (128, 256, 32), (128, 256, 64), (64, 64, 16))
+    ),
     _gpu("gpu-many-heads-128x256-bthd", **{**MANY, "K": 128, "V": 256, "layout": "bthd", "save_states": False}),
     _gpu("gpu-many-heads-128x256-plain", **{**MANY, **PLAIN, "K": 128, "V": 256}),
     _gpu("gpu-long-heads", dtype="bfloat16", H=2, T=16384, K=64, V=64, f_gate=(6.0, 1.0), initial=True, last=True),
