@@ -8,7 +8,7 @@ import math
 from .builder_fused import FusedBuilder
 from .builder_recurrent import RecurrentBuilder
 from .builder_scan import ScanBuilder
-from .config import MANY_HEADS, Tile
+from .config import MANY_HEADS, Tile, cdiv
 from .kernels import (
     chunk_backward,
     chunk_forward,
@@ -18,7 +18,7 @@ from .kernels import (
     normaliser_backward,
 )
 from .launch import Launch, Spec
-from .launch_builder import GATES, NORMALISER, STATE_WEIGHT, cdiv
+from .launch_builder import GATES, NORMALISER, STATE_WEIGHT
 
 
 class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from .config import cdiv
 from .kernels import fused_backward, fused_forward
 from .launch import Launch, Spec
-from .launch_builder import GATES, NORMALISER, LaunchBuilder, cdiv
+from .launch_builder import GATES, NORMALISER, LaunchBuilder
 
 
 class FusedBuilder(LaunchBuilder):

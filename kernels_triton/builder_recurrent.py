@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .config import Tile, next_power_of_2
+from .config import Tile, cdiv, next_power_of_2
 from .kernels import recurrent
 from .launch import Launch
-from .launch_builder import LaunchBuilder, cdiv
+from .launch_builder import LaunchBuilder
 
 # Elements of a state that one program holds, and the fewest values: rows of 64 bytes or more keep memory busy.
 STATE_ELEMENTS = 8192

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from .config import MAX_SEGMENTS, PROGRAMS
+from .config import MAX_SEGMENTS, PROGRAMS, cdiv
 from .kernels import state_scan
 from .kernels.state import FOLLOW, LAST, ONE, SUM
 from .launch import Launch, Spec
-from .launch_builder import STATE_WEIGHT, LaunchBuilder, cdiv
+from .launch_builder import STATE_WEIGHT, LaunchBuilder
 
 # What each segment adds to the state and to n, and what it leaves of them: parameters and buffers, which are others
 # backward, where the scan may be cut into another number of segments.

@@ -21,13 +21,18 @@ FALLBACK = "gfx942"
 MIN_BLOCK = {"float32": 16, "bfloat16": 64, "float16": 64}
 # As many programs as occupy a large GPU: from here on one program per head is enough.
 MANY_HEADS = 128
-# Programs of a fused kernel that a large GPU runs at once. Where a head takes several, its parts of V, they repeat the
-# scores: that pays only if the last round of programs leaves few multiprocessors idle.
-SIDE_BY_SIDE = 264
 # And as many as keep its memory busy: a scan of few heads is cut into segments until a launch, which runs all but one
 # of them, has so many, or, where that leaves the segments long, twice as many.
 PROGRAMS = (256, 512)
 MAX_SEGMENTS = 9
+# Programs of a fused kernel that a large GPU runs at once. Where a head takes several, its parts of V, they repeat the
+# scores: that pays only if the last round of programs leaves few multiprocessors idle.
+SIDE_BY_SIDE = 264
+
+
+def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up."""
+    return -(-x // y)
 
 
 def next_power_of_2(x: int) -> int:
@@ -90,7 +95,7 @@ def _fused_pays(heads: int, parts: int) -> bool:
     """Whether heads of so many parts of V are enough for the fused kernels. Measured: docs/performance.md."""
     if parts == 1:
         return heads >= MANY_HEADS
-    rounds = -(-heads * parts // SIDE_BY_SIDE)
+    rounds = cdiv(heads * parts, SIDE_BY_SIDE)
     return heads * parts >= 0.8 * rounds * SIDE_BY_SIDE
 
 
@@ -126,7 +131,7 @@ def configure(problem: Problem) -> Config:
         )
 
     tiles = {name: tile(name) for name in TILES if name in entry}
-    parts = -(-problem.V // tiles["fused"].BV) if "fused" in tiles else 1
+    parts = cdiv(problem.V, tiles["fused"].BV) if "fused" in tiles else 1
     if L > entry["L"] or not _fused_pays(problem.B * problem.H, parts):
         tiles = {name: x for name, x in tiles.items() if name not in FUSED}
     return Config(L=L, gates=entry["gates"], **tiles)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .config import Config, Tile, configure
+from .config import Config, Tile, cdiv, configure
 from .launch import Descriptor, Launch, Operand, Spec
 from .packing import packed_chunks, table_size
 from .problem import Problem, Strides, contiguous_strides
@@ -17,11 +17,6 @@ GATES = ("c", "c_low", "a", "a_low", "gamma", "gamma_low")
 # And those that the normaliser's kernel makes, backward; the scan's weights only for gradients of pairs.
 NORMALISER = ("e", "delta")
 STATE_WEIGHT = "state_weight"
-
-
-def cdiv(x: int, y: int) -> int:
-    """x / y, rounded up."""
-    return -(-x // y)
 
 
 class LaunchBuilder:

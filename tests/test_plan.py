@@ -107,7 +107,7 @@ def test_every_architecture_has_a_table(arch):
         for dtype in ("float32", "bfloat16", "float16"):
             p = dataclasses.replace(problem(B=1, H=heads, K=K, V=V, dtype=dtype), arch=arch)
             config = configure(p)
-            assert (config.fused is not None) <= (heads >= 40) and (config.dfused is not None) <= (heads >= MANY_HEADS)
+            assert (config.dfused is not None) <= (config.fused is not None) <= (heads >= MANY_HEADS)
             assert config.fused is None or config.fused.BK >= K
             assert config.dfused is None or (config.dfused.BK >= K and config.dfused.BV >= V)
     assert table("unheard of") == table("gfx942")

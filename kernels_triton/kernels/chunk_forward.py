@@ -27,7 +27,7 @@ def _add_scores(
         keys = keys + (load_tokens(k, y * BT, k0, BT, K, BK, SOURCE),)
     if NORMALIZE:
         b_norm = load_norm(norm, k0 + tl.arange(0, BK), K, BK, STATES)
-        if STATES == GIVEN:
+        if STATES == GIVEN:  # a kernel of a chunk waits for memory, and would hold its queries twice
             b_r += times_vector(b_q, b_norm, PRECISION)
         else:
             b_r += tl.sum(b_q.to(tl.float32) * b_norm[None, :], 1)
@@ -40,7 +40,7 @@ def _add_scores(
 @triton.jit
 def rows_forward(
     q, k, v, p_c, p_c_low, p_a, p_a_low, gamma, gamma_low, p_floor, state, norm, p_h, h_row, p_r, p_d,
-    length, v_first, owner,
+    length, v_first,
     K: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
@@ -59,7 +59,8 @@ def rows_forward(
 ):  # fmt: skip
     """The rows of the chunk's tile COUNT - 1 against the tiles up to there. Scores once, then blocks of values.
 
-    SHARE values from v_first on; the owner stores r. gamma, gamma_low: the decay up to these rows, or pointers to it.
+    SHARE values from v_first on; r only with the first ones. gamma, gamma_low: the decay up to these rows, or where it
+    is.
     """
     t_q = (COUNT - 1) * BT + tl.arange(0, BT)
 
@@ -98,7 +99,7 @@ def rows_forward(
     if NORMALIZE:
         b_r *= SCALE
         b_normaliser = tl.maximum(tl.abs(b_r), b_floor) + EPS
-        if owner:
+        if v_first == 0:
             tl.store(p_r + t_q, b_r)
         if STORE_D:
             tl.store(p_d + t_q, b_normaliser, mask=t_q < length)
@@ -198,6 +199,6 @@ def chunk_forward(
             rows_forward(
                 q_view, k_view, v_view, c + o_row, c_low + o_row, a + o_row, a_low + o_row, gamma + o_chunk,
                 gamma_low + o_chunk, floor + o_row, state, p_norm, h + o_h, h_row, r + o_row, d + head * T + t,
-                length, 0, True,
+                length, 0,
                 K, V, BT, BK, BV, V, tile + 1, SCALE, EPS, STORE_D, NORMALIZE, SOURCE, SOURCE, BF16, PRECISION,
             )  # fmt: skip

@@ -95,17 +95,19 @@ def fused_forward(
         b_q = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, end, H, UNIT, SOURCE), 0, 0, BT, K, BK, SOURCE)
         b_k = load_tokens(token_view(k, k_sb, k_sh, k_st, head, t, end, H, UNIT, SOURCE), 0, 0, BT, K, BK, SOURCE)
         b_v = load_tokens(token_view(v, v_sb, v_sh, v_st, head, t, end, H, UNIT, SOURCE), 0, v0, BT, V, BV, SOURCE)
+        # log2 of the state's scale before and after these tokens: gamma and 0 at a chunk's ends, inside it the largest
+        # a so far, that of the last token (0 while no token has counted).
         g_hi, g_lo = load_pair(gamma, gamma_low, o_chunk, True)
         e_hi = 0.0
         e_lo = 0.0
-        if PER > 1:  # inside a chunk the state is relative to the largest a so far, that of the token before
+        if PER > 1:
             a_hi, a_lo = load_pair(a, a_low, tl.maximum(o_row - 1, 0), True)
             g_hi = tl.where(within > 0, a_hi, g_hi)
             g_lo = tl.where(within > 0, a_lo, g_lo)
             e_hi, e_lo = load_pair(a, a_low, o_row + BT - 1, True)
-            whole = (within == L - BT) | (e_hi == float("-inf"))
-            e_hi = tl.where(whole, 0.0, e_hi)
-            e_lo = tl.where(whole, 0.0, e_lo)
+            at_zero = (within == L - BT) | (e_hi == float("-inf"))
+            e_hi = tl.where(at_zero, 0.0, e_hi)
+            e_lo = tl.where(at_zero, 0.0, e_lo)
         if SAVE:
             if within == 0:
                 store_state((states + o_chunk * K * V,), b_state, 0, v0, K, V, BK, BV, POINTERS)
@@ -114,7 +116,7 @@ def fused_forward(
         o_h, h_row = contiguous_rows(head, t, T, H, V, BTHD)
         rows_forward(
             (b_q,), (b_k,), (b_v,), c + o_row, c_low + o_row, a + o_row, a_low + o_row, g_hi, g_lo, floor + o_row,
-            (b_state,), b_norm, h + o_h, h_row, r + o_row, r, t_end - t, v0, v0 == 0,
+            (b_state,), b_norm, h + o_h, h_row, r + o_row, r, t_end - t, v0,
             K, V, BT, BK, BV, BV, 1, SCALE, EPS, False, NORMALIZE, GIVEN, GIVEN, BF16, PRECISION,
         )  # fmt: skip
         c_hi, c_lo = load_pair(c, c_low, o_row + tl.arange(0, BT), True)

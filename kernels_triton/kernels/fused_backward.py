@@ -31,28 +31,6 @@ from .tiles import (
 from .values_backward import values_backward
 
 
-@triton.jit
-def _advance(
-    b_state, b_norm, b_q, b_dh, b_w, b_u, decay,
-    HAS_NORMS: tl.constexpr,
-    BF16: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The cotangents of the state and n one chunk back.
-
-    dC <- decay dC + sum_t w_t q_t dh_t^T, dn <- decay dn + sum_t u_t q_t.
-    """
-    b_qt = tl.trans(b_q).to(tl.float32)
-    b_qw = operand(b_qt * b_w[None, :], BF16, PRECISION)
-    # Not added up in the product's own accumulator: the assembler would then run every product of the loop one
-    # instruction at a time (its remark C7515).
-    b_sum = dot(b_qw, operand(b_dh, BF16, PRECISION), tl.zeros(b_state.shape, tl.float32), PRECISION)
-    b_state = tl.fma(b_state, decay, b_sum)
-    if HAS_NORMS:
-        b_norm = b_norm * decay + tl.sum(b_qt * b_u[None, :], 1)
-    return b_state, b_norm
-
-
 @triton.jit(
     do_not_specialize_on_alignment=[
         "q_sb", "q_sh", "q_st", "k_sb", "k_sh", "k_st", "v_sb", "v_sh", "v_st", "dh_sb", "dh_sh", "dh_st",
@@ -179,7 +157,15 @@ def fused_backward(
         b_w = state_weight(hi, lo, factor, gamma + o_chunk, gamma_low + o_chunk, SCALE, PAIRS)
         # q again: a tile that is used from registers too would not be fetched ahead for the products above.
         b_q = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, end, H, UNIT, SOURCE), 0, 0, L, K, BK, SOURCE)
-        b_state, b_norm = _advance(b_state, b_norm, b_q, b_dh, b_w, b_w * b_delta, decay, HAS_NORMS, BF16, PRECISION)
+        b_u = b_w * b_delta
+        b_qt = tl.trans(b_q).to(tl.float32)
+        b_qw = operand(b_qt * b_w[None, :], BF16, PRECISION)
+        # Not added up in the product's own accumulator: the assembler would then run every product of the loop one
+        # instruction at a time (its remark C7515).
+        b_sum = dot(b_qw, operand(b_dh, BF16, PRECISION), tl.zeros([BK, BV], tl.float32), PRECISION)
+        b_state = tl.fma(b_state, decay, b_sum)
+        if HAS_NORMS:
+            b_norm = b_norm * decay + tl.sum(b_qt * b_u[None, :], 1)
 
     store_state((dc_initial + o_state,), b_state, 0, 0, K, V, BK, BV, POINTERS)
     store_vector(dn_initial + state * K, b_norm, o_k, K, BK)
