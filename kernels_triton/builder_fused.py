@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from .builder_scan import ScanBuilder
 from .config import cdiv
 from .kernels import fused_backward, fused_forward
+from .kernels.segments import FOLLOW, ONE
 from .launch import Launch, Spec
-from .launch_builder import GATES, NORMALISER, LaunchBuilder
+from .launch_builder import GATES, NORMALISER
 
 
-class FusedBuilder(LaunchBuilder):
+class FusedBuilder(ScanBuilder):
     """One launch for what otherwise takes a scan over chunks and a kernel of each chunk."""
 
-    def fused_forward(self, save: bool) -> Launch:
-        """h, the last state and, to save, the chunk-start states, for many heads."""
+    def fused_forward(self, save: bool) -> tuple[Launch, ...]:
+        """h, the last state and, to save, the chunk-start states; where heads are few, after their segments' sums."""
         p, tile = self.p, self.config.fused
         assert tile is not None
+        count = self.segments(backward=False) if self.value_parts > 1 else 1
+        before = (self.segment_sums(),) if count > 1 else ()
+        sums = self.sums(backward=False).items()
         tokens, unit = self._tokens(tile, ("q", "q"), ("k", "k"), ("v", "v"))
-        return self._launch(
+        fused = self._launch(
             fused_forward,
             {
                 **tokens,
                 **{name: name for name in (*GATES, "floor")},
                 "c_initial": "c_initial" if p.has_initial else None,
                 "n_initial": "n_initial" if p.has_initial and p.normalize else None,
+                **{x: name if count > 1 else None for x, name in sums},
+                "segment": 0 if self.packed or count == 1 else cdiv(self.NT, count),
                 **self.packing,
             },
             {
@@ -35,7 +42,7 @@ class FusedBuilder(LaunchBuilder):
                 "c_last": ("c_last", Spec((*p.state_heads, p.K, p.V), "float32")),
                 "n_last": ("n_last", Spec((*p.state_heads, p.K), "float32")),
             },
-            self.all_heads * cdiv(p.V, tile.BV),
+            self.all_heads * self.value_parts * count,
             tile,
             "BT BK BV",
             K=p.K,
@@ -44,6 +51,10 @@ class FusedBuilder(LaunchBuilder):
             SCALE=p.scale,
             EPS=p.eps,
             HAS_INITIAL=p.has_initial,
+            SEGMENTS=(FOLLOW if count > 1 else ONE).value,
+            FEW=self._limits(backward=False)[0] if self.packed and count > 1 else 1,
+            MOST=count if self.packed else 1,
+            UNCUT=self.G,
             SAVE=save,
             NORMALIZE=p.normalize,
             BTHD=p.layout == "bthd",
@@ -51,6 +62,7 @@ class FusedBuilder(LaunchBuilder):
             SOURCE=self.source(tile),
             **self.arithmetic,
         )
+        return (*before, fused)
 
     @property
     def finds_delta(self) -> bool:

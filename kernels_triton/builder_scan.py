@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .config import MAX_SEGMENTS, PROGRAMS, cdiv
+from .config import PROGRAMS, cdiv, fused_segments
 from .kernels import state_scan
-from .kernels.state import FOLLOW, LAST, ONE, SUM
+from .kernels.segments import FOLLOW, LAST, ONE, SUM
 from .launch import Launch, Spec
 from .launch_builder import STATE_WEIGHT, LaunchBuilder
 
@@ -23,15 +23,17 @@ class ScanBuilder(LaunchBuilder):
         return cdiv(self.p.K, tile.BK) * cdiv(self.p.V, tile.BV)
 
     @staticmethod
-    def _sums(backward: bool) -> dict[str, str]:
+    def sums(backward: bool) -> dict[str, str]:
         return {parameter: f"d{buffer}" if backward else buffer for parameter, buffer in SUMS.items()}
 
     def _limits(self, backward: bool) -> tuple[int, int]:
         """Into how many segments a scan may be cut: those of 4 chunks or more, and those of 16 or more."""
+        if not backward and self.value_parts > 1:
+            most = max(1, fused_segments(self.heads, self.value_parts))
+            return most, most
         scans = self.heads * self._tiles(backward)
-        side_by_side = (programs // scans for programs in PROGRAMS)
-        few, most = (min(MAX_SEGMENTS, n + 1) if n > 1 else 1 for n in side_by_side)
-        return few, most
+        few, most = (min(n // scans + 1, limit) if n >= 2 * scans else 1 for n, limit in PROGRAMS)
+        return few, max(few, most)
 
     def segments(self, backward: bool) -> int:
         """Into how many segments the scan is cut; packed sequences at most, each by its length (`state._segment`).
@@ -74,7 +76,7 @@ class ScanBuilder(LaunchBuilder):
                 "u": "delta" if backward else None,
                 "gamma": "gamma",
                 **operands,
-                **{x: name if follows else None for x, name in self._sums(backward).items()},
+                **{x: name if follows else None for x, name in self.sums(backward).items()},
                 **{x: outputs[begun[x]][0] if x in begun else None for x in ("begun", "begun_norms")},
                 "states_view": self._states(tile, outputs["states"][0]) if by_descriptor else None,
                 "segment": 0 if self.packed or segments.value == ONE.value else cdiv(self.NT, count),
@@ -126,7 +128,7 @@ class ScanBuilder(LaunchBuilder):
             return (self._scan(backward, ONE if keep else LAST, operands, outputs, KEEP=keep, **flags),)
         # Of packed sequences a segment's place follows from its first chunk: of those kept none has fewer than four.
         of = (p.H, self.NT // 4 + 1) if self.packed else (*head, count - 1)
-        added, norms_added, left = self._sums(backward).values()
+        added, norms_added, left = self.sums(backward).values()
         sums = (
             *list(outputs.values())[:2],
             (added, Spec((*of, p.K, p.V), "float32")),
@@ -140,23 +142,34 @@ class ScanBuilder(LaunchBuilder):
             self._scan(backward, FOLLOW if keep else LAST, operands, outputs, KEEP=keep, **flags),
         )
 
+    def _forward_operands(self) -> tuple[dict[str, Any], dict[str, bool]]:
+        """The operands of the forward scan that the initial state is, and the flags for them."""
+        p, initial = self.p, self.p.has_initial
+        operands = {
+            "state_in": "c_initial" if initial else None,
+            "norm_in": "n_initial" if initial and p.normalize else None,
+            **dict.fromkeys(("fw_last", "fw_norm_last", "fw_initial", "fw_norm_initial")),
+        }
+        flags = {
+            "HAS_STATE_IN": initial,
+            "HAS_NORM_IN": initial and p.normalize,
+            "HAS_INITIAL": initial,
+            "HAS_OUTER": False,
+            "HAS_NORMS": p.normalize,
+        }
+        return operands, flags
+
     def state_forward(self, last: tuple[str, str] = ("c_last", "n_last")) -> tuple[Launch, ...]:
         """Chunk-start states and the last state, under the names `last`."""
-        p, initial = self.p, self.p.has_initial
-        return self._scans(
-            False,
-            {
-                "state_in": "c_initial" if initial else None,
-                "norm_in": "n_initial" if initial and p.normalize else None,
-                **dict.fromkeys(("fw_last", "fw_norm_last", "fw_initial", "fw_norm_initial")),
-            },
-            ("states", "norms" if p.normalize else "unused_norms", *last, "unused_scan"),
-            HAS_STATE_IN=initial,
-            HAS_NORM_IN=initial and p.normalize,
-            HAS_INITIAL=initial,
-            HAS_OUTER=False,
-            HAS_NORMS=p.normalize,
-        )
+        operands, flags = self._forward_operands()
+        names = ("states", "norms" if self.p.normalize else "unused_norms", *last, "unused_scan")
+        return self._scans(False, operands, names, **flags)
+
+    def segment_sums(self) -> Launch:
+        """What each segment but the last adds to the state, for the fused kernel."""
+        names = ("unused_sums_states", "unused_sums_norms", "unused_sums_c", "unused_sums_n", "unused_scan")
+        operands, flags = self._forward_operands()
+        return self._scans(False, operands, names, keep=False, **flags)[0]
 
     def segment_state(self) -> tuple[Launch, ...]:
         """The last state alone, from a state of 0, whatever the problem's initial one."""

@@ -22,11 +22,12 @@ MIN_BLOCK = {"float32": 16, "bfloat16": 64, "float16": 64}
 # As many programs as occupy a large GPU: from here on one program per head is enough.
 MANY_HEADS = 128
 # And as many as keep its memory busy: a scan of few heads is cut into segments until a launch, which runs all but one
-# of them, has so many, or, where that leaves the segments long, twice as many.
-PROGRAMS = (256, 512)
-MAX_SEGMENTS = 9
-# Programs of a fused kernel that a large GPU runs at once. Where a head takes several, its parts of V, they repeat the
-# scores: that pays only if the last round of programs leaves few multiprocessors idle.
+# of them, has so many programs or there are so many segments: each reads what those before it add. Where segments are
+# long, twice as many programs pay, in fewer segments.
+MAX_SEGMENTS = 33
+PROGRAMS = ((256, MAX_SEGMENTS), (512, 9))
+# Programs of a fused kernel that a large GPU runs at once. Where a head takes several, for its segments and parts of V,
+# they do some work again: that pays only if the last round of programs leaves few multiprocessors idle.
 SIDE_BY_SIDE = 264
 
 
@@ -91,12 +92,17 @@ def _suits(entry: Mapping[str, Any], problem: Problem) -> bool:
     return problem.dtype in entry["dtypes"] and fits and fewest <= problem.B * problem.H <= (most or 2**31)
 
 
-def _fused_pays(heads: int, parts: int) -> bool:
-    """Whether heads of so many parts of V are enough for the fused kernels. Measured: docs/performance.md."""
+def fused_segments(heads: int, parts: int) -> int:
+    """Into how many segments, at most, the fused kernel cuts heads of so many parts of V; 0 if it does not pay.
+
+    Whatever their length: a packed sequence has the bits of one alone. Measured: docs/performance.md.
+    """
     if parts == 1:
-        return heads >= MANY_HEADS
-    rounds = cdiv(heads * parts, SIDE_BY_SIDE)
-    return heads * parts >= 0.8 * rounds * SIDE_BY_SIDE
+        return int(heads >= MANY_HEADS)
+    segments = max(1, min(MAX_SEGMENTS, SIDE_BY_SIDE // (heads * parts)))
+    programs = heads * parts * segments
+    rounds = cdiv(programs, SIDE_BY_SIDE)
+    return segments if programs >= 0.8 * rounds * SIDE_BY_SIDE else 0
 
 
 def configure(problem: Problem) -> Config:
@@ -132,6 +138,6 @@ def configure(problem: Problem) -> Config:
 
     tiles = {name: tile(name) for name in TILES if name in entry}
     parts = cdiv(problem.V, tiles["fused"].BV) if "fused" in tiles else 1
-    if L > entry["L"] or not _fused_pays(problem.B * problem.H, parts):
+    if L > entry["L"] or not fused_segments(problem.B * problem.H, parts):
         tiles = {name: x for name, x in tiles.items() if name not in FUSED}
     return Config(L=L, gates=entry["gates"], **tiles)

@@ -63,6 +63,11 @@ class LaunchBuilder:
         return self._gates_backward(*GATES) | {"a": "a" if self.pairs else None}
 
     @property
+    def value_parts(self) -> int:
+        """How many programs of the fused forward kernel share a head; 1 without one."""
+        return cdiv(self.p.V, self.config.fused.BV) if self.config.fused else 1
+
+    @property
     def packing(self) -> dict[str, Operand | None]:
         """The operands that say where chunks are, T last."""
         return {"chunks": "chunks" if self.packed else None, "sequences": self.p.sequences, "T": self.p.T}

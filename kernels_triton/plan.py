@@ -58,7 +58,7 @@ def _forward(b: Builder, save: bool) -> list[Launch]:
     launches = [chunk_table(b.p.T, b.p.sequences, b.L)] if b.packed and not b.p.has_table else []
     launches += [b.gates_sums()] if b.split_gates else []
     launches.append(b.gates(split=b.split_gates))
-    return launches + ([b.fused_forward(save)] if b.config.fused else [*b.state_forward(), b.outputs()])
+    return launches + ([*b.fused_forward(save)] if b.config.fused else [*b.state_forward(), b.outputs()])
 
 
 @functools.lru_cache(maxsize=1024)

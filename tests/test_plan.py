@@ -66,7 +66,10 @@ def test_both_scans_in_one_pass(arch):
             scans = [x for x in plan.backward_pass(p).launches if x.name == "state_scan"]
             each = [sum(x.constexprs["BACKWARD"] == backward for x in scans) for backward in (False, True)]
             b = Builder(p)
-            assert each == [min(b.segments(False), 2), min(b.segments(True), 2)]
+            forward = min(b.segments(False), 2)
+            if b.config.fused and p.form == "recurrent":  # the fused kernel does what is left after the first launch
+                forward -= 1
+            assert each == [forward, min(b.segments(True), 2)]
             unequal += b.segments(False) != b.segments(True)
     assert unequal or arch != "sm_90"
 
@@ -107,7 +110,8 @@ def test_every_architecture_has_a_table(arch):
         for dtype in ("float32", "bfloat16", "float16"):
             p = dataclasses.replace(problem(B=1, H=heads, K=K, V=V, dtype=dtype), arch=arch)
             config = configure(p)
-            assert (config.dfused is not None) <= (config.fused is not None) <= (heads >= MANY_HEADS)
+            assert config.fused or not config.dfused
+            assert not config.fused or heads >= MANY_HEADS or V > config.fused.BV
             assert config.fused is None or config.fused.BK >= K
             assert config.dfused is None or (config.dfused.BK >= K and config.dfused.BV >= V)
     assert table("unheard of") == table("gfx942")
@@ -121,7 +125,7 @@ def test_fused_kernels_where_they_fill_the_gpu():
         return configure(p).fused is not None
 
     taken = {V: [heads for heads in (16, 64, 96, 128, 144, 192, 256) if fused(heads, V)] for V in (64, 256)}
-    assert taken == {64: [128, 144, 192, 256], 256: [64, 128, 192, 256]}
+    assert taken == {64: [128, 144, 192, 256], 256: [16, 64, 128, 192, 256]}
 
 
 def test_a_launch_checks_its_names():
@@ -201,7 +205,7 @@ def test_who_finds_the_normalisers_cotangent():
 def test_states_are_stored_as_they_are_read():
     """Through a descriptor of the launch's own output, which is nothing that it reads."""
     for descriptors in (False, True):
-        p = dataclasses.replace(problem(T=5000, K=128, V=256), descriptors=descriptors)
+        p = dataclasses.replace(problem(T=5000, K=256, V=256), descriptors=descriptors)
         scans = [x for x in launches(p) if x.name == "state_scan"]
         assert {x.constexprs["SEGMENTS"] for x in scans} == {1, 2}
         for scan in scans:

@@ -262,6 +262,9 @@ CASES: tuple[Case, ...] = (
         _gpu(f"gpu-many-heads-{K}x{V}-chunk-{L}", **{**MANY, "K": K, "V": V, "chunk_size": L})
         for K, V, L in ((128, 256, 16), (128, 256, 32), (128, 256, 64), (64, 64, 16))
     ),
+    # the same kernel of few heads, in segments
+    _gpu("gpu-segments-128x256", dtype="bfloat16", H=16, T=5000, K=128, V=256, initial=True, last=True),
+    _gpu("gpu-segments-128x128", dtype="bfloat16", H=4, T=20000, K=128, V=128, f_gate=(6.0, 1.0)),
     _gpu("gpu-many-heads-128x256-bthd", **{**MANY, "K": 128, "V": 256, "layout": "bthd", "save_states": False}),
     _gpu("gpu-many-heads-128x256-plain", **{**MANY, **PLAIN, "K": 128, "V": 256}),
     _gpu("gpu-long-heads", dtype="bfloat16", H=2, T=16384, K=64, V=64, f_gate=(6.0, 1.0), initial=True, last=True),
@@ -283,6 +286,7 @@ CASES: tuple[Case, ...] = (
     ),
     _packed("gpu-packed-many-heads", (500, 20), H=128, dtype="bfloat16", K=64, V=64, chunk_size=None, gpu=True),
     _packed("gpu-packed-many-heads-128x256", (500, 20, 130), dtype="bfloat16", **{**PACKED_MODEL, "H": 128}),
+    _packed("gpu-packed-segments-128x256", (5000, 20, 2500), dtype="bfloat16", **{**PACKED_MODEL, "H": 16}),
     _packed("gpu-packed-plain", (700, 1300), **PLAIN, dtype="bfloat16", **PACKED_MODEL),
     *(
         _gpu(f"gpu-recurrent-{d}", form="recurrent", dtype=d, T=16, K=256, V=512, initial=True, last=True)

@@ -10,12 +10,14 @@ import triton.language as tl
 from .chunk_forward import rows_forward
 from .common import GIVEN, POINTERS, dot, load_pair, operand, times_vector
 from .packing import chunk_count, sequence_span
+from .segments import FOLLOW, segment_chunks, state_before, sums_offset
 from .tiles import contiguous_rows, load_state, load_tokens, load_vector, store_state, store_vector, token_view
 
 
 @triton.jit(
     do_not_specialize_on_alignment=[
-        "q_sb", "q_sh", "q_st", "k_sb", "k_sh", "k_st", "v_sb", "v_sh", "v_st", "sequences", "T",
+        "q_sb", "q_sh", "q_st", "k_sb", "k_sh", "k_st", "v_sb", "v_sh", "v_st", "segment", "sequences",
+        "T",
     ],
 )  # fmt: skip
 def fused_forward(
@@ -31,6 +33,11 @@ def fused_forward(
     floor,  # (B, H, NT * L)
     c_initial,  # (B, H, K, V) if HAS_INITIAL
     n_initial,  # (B, H, K) likewise
+    sums,  # (B, H, segments - 1, K, V), packed (H, NT // 4 + 1, K, V), if SEGMENTS == FOLLOW: what a segment adds to S;
+    # of the first one where it ends
+    norm_sums,  # (B, H, segments - 1, K) likewise for n, if NORMALIZE
+    decays,  # (B, H, segments - 1) likewise: what it leaves of S and n
+    segment,  # chunks per segment, if SEGMENTS == FOLLOW and not PACKED
     chunks,  # of packed sequences: see packing.py
     sequences,  # likewise: how many; else 0
     T,
@@ -51,6 +58,10 @@ def fused_forward(
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    FEW: tl.constexpr,
+    MOST: tl.constexpr,
+    UNCUT: tl.constexpr,
     SAVE: tl.constexpr,
     NORMALIZE: tl.constexpr,
     BTHD: tl.constexpr,
@@ -59,24 +70,49 @@ def fused_forward(
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per head (and packed sequence) and BV values, BT tokens at a time; BK covers K."""
+    """One program per head (and packed sequence), segment of chunks and BV values, BT tokens at a time; BK covers K.
+
+    Where heads are few they are cut into segments, if SEGMENTS == FOLLOW: state_scan has found what each of them adds.
+    """
     NVT: tl.constexpr = (V + BV - 1) // BV
     PER: tl.constexpr = L // BT
     pid = tl.program_id(0).to(tl.int64)
     v0 = (pid % NVT * BV).to(tl.int32)
     state = pid // NVT
-    head = state % H if PACKED else state
     n_chunks = chunk_count(T, sequences, L, PACKED)
-    first, stop, t_first, t_end = sequence_span(chunks, state // H, n_chunks, T, PACKED)
+    rank = 0
+    if SEGMENTS == FOLLOW:
+        count = MOST if PACKED else (n_chunks - 1) // segment + 1
+        rank = (state % count).to(tl.int32)
+        state = state // count
+    head = state % H if PACKED else state
+    begin, finish, t_first, t_end = sequence_span(chunks, state // H, n_chunks, T, PACKED)
+    first = begin
+    stop = finish
+    if SEGMENTS == FOLLOW:
+        if PACKED:
+            segment = segment_chunks(finish - begin, FEW, MOST, UNCUT)
+        others = (finish - begin - 1) // segment  # all segments but the last
+        if PACKED:
+            if rank > others:
+                return
+        first = begin + rank * segment
+        stop = tl.minimum(first + segment, finish)
     end = tl.maximum(t_end, t_first + 1)  # of what may be read
     padded = n_chunks.to(tl.int64) * L
     o_k = tl.arange(0, BK)
     b_state = tl.zeros([BK, BV], tl.float32)
     b_norm = tl.zeros([BK], tl.float32)
     if HAS_INITIAL:
-        b_state = load_state((c_initial + state * K * V,), 0, v0, K, V, BK, BV, POINTERS).to(tl.float32)
-        if NORMALIZE:
-            b_norm = load_vector(n_initial + state * K, o_k, K, BK).to(tl.float32)
+        if SEGMENTS != FOLLOW or rank == 0:
+            b_state = load_state((c_initial + state * K * V,), 0, v0, K, V, BK, BV, POINTERS).to(tl.float32)
+            if NORMALIZE:
+                b_norm = load_vector(n_initial + state * K, o_k, K, BK).to(tl.float32)
+    if SEGMENTS == FOLLOW:
+        b_state, b_norm = state_before(
+            b_state, b_norm, sums, norm_sums, decays, sums_offset(head, n_chunks, others, PACKED), rank, begin, segment,
+            o_k, 0, v0, K, V, BK, BV, NORMALIZE, PACKED,
+        )  # fmt: skip
     if not SAVE and pid == 0:
         tl.store(states, 0.0)
     if not (SAVE and NORMALIZE) and pid == 0:
@@ -89,7 +125,7 @@ def fused_forward(
         within = step % PER * BT
         o_chunk = head * n_chunks + n
         o_row = head * padded + n * L + within
-        t = t_first + (n - first) * L + within
+        t = t_first + (n - begin) * L + within
         if PER > 1:
             t = tl.minimum(t, end - 1)
         b_q = load_tokens(token_view(q, q_sb, q_sh, q_st, head, t, end, H, UNIT, SOURCE), 0, 0, BT, K, BK, SOURCE)
@@ -127,6 +163,7 @@ def fused_forward(
         b_state = dot(b_kt, b_vw, b_state * decay, PRECISION)
         if NORMALIZE:
             b_norm = b_norm * decay + times_vector(tl.trans(b_k), b_alpha, PRECISION)
-    store_state((c_last + state * K * V,), b_state, 0, v0, K, V, BK, BV, POINTERS)
-    if v0 == 0:
-        store_vector(n_last + state * K, b_norm, o_k, K, BK)
+    if SEGMENTS != FOLLOW or stop == finish:
+        store_state((c_last + state * K * V,), b_state, 0, v0, K, V, BK, BV, POINTERS)
+        if v0 == 0:
+            store_vector(n_last + state * K, b_norm, o_k, K, BK)

@@ -16,22 +16,8 @@ from .common import (
     state_weight,
 )
 from .packing import chunk_count, sequence_span
+from .segments import FOLLOW, LAST, ONE, SUM, segment_chunks, state_before, sums_offset
 from .tiles import load_state, load_tokens, load_vector, state_view, store_state, store_vector, token_view
-
-# How a scan is cut: not at all; or into segments: the first one and what the others but the last add, then the others
-# from where those before them end. LAST: what a scan, cut or not, comes to; only the last segment runs.
-ONE = tl.constexpr(0)
-SUM = tl.constexpr(1)
-FOLLOW = tl.constexpr(2)
-LAST = tl.constexpr(3)
-
-
-@triton.jit
-def _segment(chunks, FEW: tl.constexpr, MOST: tl.constexpr, UNCUT: tl.constexpr):
-    """Chunks per segment of a packed sequence: `ScanBuilder.segments` says the same of one that is alone."""
-    most = tl.maximum(tl.maximum(tl.minimum(chunks // 4, FEW), tl.minimum(chunks // 16, MOST)), 1)
-    count = tl.cdiv(chunks, tl.cdiv(chunks, most))
-    return tl.where(chunks > UNCUT, tl.cdiv(chunks, count), chunks)
 
 
 @triton.jit
@@ -137,7 +123,7 @@ def state_scan(
     others = 0
     if SEGMENTS != ONE:
         if PACKED:
-            segment = _segment(finish - begin, FEW, MOST, UNCUT)
+            segment = segment_chunks(finish - begin, FEW, MOST, UNCUT)
         first = begin + rank * segment
         stop = tl.minimum(first + segment, finish)
         others = (finish - begin - 1) // segment  # all segments but the last
@@ -147,8 +133,7 @@ def state_scan(
                     return
             elif rank > others or (rank == 0 and others > 0):
                 return
-        # Of packed sequences no segment but the last has fewer than 4 chunks.
-        o_sums = head * (n_chunks // 4 + 1) if PACKED else head * others
+        o_sums = sums_offset(head, n_chunks, others, PACKED)
     padded = n_chunks.to(tl.int64) * L
     k0 = (kt * BK).to(tl.int32)
     v0 = (vt * BV).to(tl.int32)
@@ -180,13 +165,10 @@ def state_scan(
             tl.store(p_outer, product)
 
     if SEGMENTS >= FOLLOW:
-        for s in tl.range(0, rank, num_stages=1 if PACKED else 3):  # packed, that takes registers
-            o_sum = o_sums + ((begin + s * segment) // 4 if PACKED else s)
-            decay = tl.load(decays + o_sum)
-            b_sum = load_state((sums + o_sum * K * V,), k0, v0, K, V, BK, BV, POINTERS)
-            b_state = b_state * decay + b_sum
-            if HAS_NORMS:
-                b_norm = b_norm * decay + load_vector(norm_sums + o_sum * K, o_k, K, BK)
+        b_state, b_norm = state_before(
+            b_state, b_norm, sums, norm_sums, decays, o_sums, rank, begin, segment, o_k, k0, v0,
+            K, V, BK, BV, HAS_NORMS, PACKED,
+        )  # fmt: skip
     left = tl.full([], 1.0, tl.float32)
     end = tl.maximum(t_end, t_first + 1)  # of what may be read
 

@@ -8,6 +8,7 @@ import torch
 
 import frontend_torch
 from kernels_triton import builder, config, plan
+from kernels_triton.kernels.segments import FOLLOW, ONE
 from kernels_triton.launch_builder import LaunchBuilder
 from kernels_triton.problem import Problem, suits_descriptors
 from tests.support import make_case, run, same_bits
@@ -22,6 +23,7 @@ STATES = {"initial": True, "last": True}
 VARIANTS = (
     (Case("split-gates", B=1, H=1, T=1060, K=16, V=16, chunk_size=16, **STATES), "gates_sums"),
     (Case("fused-wide", B=1, H=2, T=300, K=72, V=136, dtype="bfloat16", **STATES), "fused_forward"),
+    (Case("fused-segments", B=1, H=1, T=560, K=24, V=72, dtype="bfloat16", chunk_size=16, **STATES), "fused_forward"),
     (Case("fused", B=1, H=2, T=150, K=16, V=24, dtype="bfloat16", **STATES), "fused_backward"),
     (
         Case("fused-recomputed", B=1, H=2, T=150, K=16, V=24, dtype="bfloat16", save_states=False, **STATES),
@@ -67,32 +69,39 @@ def _clear_plans():
     plan.backward_pass.cache_clear()
 
 
-def _few_heads_are_many(monkeypatch):
+def _few_heads_are_many(monkeypatch, programs=1):
+    """programs: of a fused kernel that the GPU would run at once."""
     monkeypatch.setattr(config, "MANY_HEADS", 2)
-    monkeypatch.setattr(config, "SIDE_BY_SIDE", 1)
+    monkeypatch.setattr(config, "SIDE_BY_SIDE", programs)
     _clear_plans()
 
 
 @pytest.mark.parametrize("case, kernel", VARIANTS, ids=lambda x: getattr(x, "name", ""))
 def test_variant(case, kernel, monkeypatch):
     if "fused" in case.name:
-        _few_heads_are_many(monkeypatch)
+        _few_heads_are_many(monkeypatch, programs=4 if "segments" in case.name else 1)
     p = problem(case.B, case.H, case.T, case.K, case.V, dtype=case.dtype, chunk_size=case.chunk_size)
     assert kernel in {x.name for ps in (plan.forward_pass(p), plan.backward_pass(p)) for x in ps.launches}
     scans = [x.constexprs["SEGMENTS"] for x in plan.forward_pass(p).launches if x.name == "state_scan"]
     assert scans == [1, 2] or not case.name.startswith(("segments", "split"))
+    assert scans == [1] or not case.name.startswith("fused-segments")
     result = check_case(case)
     assert result.status == "ok", [(row.tensor, row.identical, row.errors, row.tolerance) for row in result.rows]
 
 
-@pytest.mark.parametrize("V", [24, 136])
-def test_packed_fused_has_the_bits_of_one_alone(V, monkeypatch):
-    """Of one tile of values, and of several; the last chunk of a sequence is cut within and after its first half."""
-    _few_heads_are_many(monkeypatch)
-    lengths = (150, 0, 100)
-    case = packed_case(lengths, H=2, K=16, V=V, dtype="bfloat16", chunk_size=None)
-    p = problem(1, 2, 150, 16, V, dtype="bfloat16")
-    assert "fused_forward" in {x.name for x in plan.forward_pass(p).launches}
+@pytest.mark.parametrize(
+    "lengths, H, V, chunk_size, programs",
+    [((150, 0, 100), 2, 24, None, 1), ((150, 0, 100), 1, 136, None, 1), ((530, 0, 40), 1, 72, 16, 4)],
+)
+def test_packed_fused_has_the_bits_of_one_alone(lengths, H, V, chunk_size, programs, monkeypatch):
+    """Of one tile of values, of several, and in segments; the last chunk is cut within and after its first half."""
+    _few_heads_are_many(monkeypatch, programs)
+    case = packed_case(lengths, H=H, K=16, V=V, dtype="bfloat16", chunk_size=chunk_size)
+    p = problem(1, H, lengths[0], 16, V, dtype="bfloat16", chunk_size=chunk_size)
+    launches = plan.forward_pass(p).launches
+    assert launches[-1].name == "fused_forward" and launches[-1].constexprs["SEGMENTS"] == (
+        FOLLOW if programs > 1 else ONE
+    )
     packed = run("torch", case, "interpret", with_offsets(lengths))
     for s, start, stop, own in alone(case, lengths):
         same_bits(part(packed, s, start, stop), run("torch", own, "interpret"))
