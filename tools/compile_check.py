@@ -11,15 +11,13 @@ PyTorch does, it adds in another order than by pointers, as JAX does (sums.py).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import json
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,28 +29,13 @@ from rich.table import Table
 from tqdm import tqdm
 
 from . import sass, sums
+from .compile_cases import DTYPES, HEADS, TARGETS, VARIANTS, passes
+from .compile_only import CompileOnly, Driver, LayOutOnly, compile_pass, resources
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-HEADS = ("64x64", "128x128", "128x256", "256x512")
-DTYPES = ("bfloat16", "float32")
-B, H, T = 2, 4, 520  # only strides come from these; T is ragged
-LONG, SEQUENCES = 2100, 3  # of packed sequences: long enough for scans in segments
 MOST_SPILLS = 2048  # bytes per thread; float32's gradients have 1,488, and a kernel with thousands is a mistake
 SERIALISED = "wgmma.mma_async instructions are serialized"  # ptxas' remarks C7510 to C7515
-# By name, the operator's options that other kernels come from.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "exact": {},
-    "detached": {"normalizer_grad": "detached"},
-    "recurrent": {"form": "recurrent"},
-    "plain": {"input_gate": "sigmoid", "normalize": False},
-    "packed": {"packed": True, "layout": "bthd"},
-    "segment": {},  # of a sequence that is split over devices
-    "many heads": {"B": 32},  # the fused kernels, where the table has any
-}
-# Those that are compiled for some targets, head dims and dtypes only, since they differ from the rest in little.
-HOPPER = ("sm_90", "128x256", "bfloat16")
-SOME = (HOPPER, *((target, "64x64", "bfloat16") for target in TARGETS))
-RARE = {"plain": (HOPPER,), "packed": SOME, "segment": (*SOME, ("sm_90", "64x64", "float32")), "many heads": SOME}
+DESCRIPTORS = ("sm_90", "bfloat16")  # where the PyTorch frontend goes through them
+CHUNKS = (16, 32)  # sizes that users may ask for, and whose tiles have other layouts than those of the tables
 
 
 @dataclasses.dataclass
@@ -80,133 +63,23 @@ class Compiled:
         return fits and self.same_as_jax is not False and not wrong
 
 
-def _problem(heads: str, dtype: str, changes: dict[str, Any]) -> Any:
-    from kernels_triton.validation import ArrayInfo, check_call
-
-    K, V = map(int, heads.split("x"))
-    options: dict[str, Any] = {
-        "eps": 1e-6,
-        "chunk_size": None,
-        "qk_scale": None,
-        "normalizer_grad": "exact",
-        "layout": "bhtd",
-        "precision": "ieee",
-        "backend": "auto",
-    } | changes
-    packed = options.pop("packed", False)
-    batch = options.pop("B", B)
-    tokens = (1, LONG, H) if packed else (batch, H, T)
-    states = (SEQUENCES if packed else batch, H)
-    shapes: dict[str, tuple[int, ...]] = {"q": (*tokens, K), "k": (*tokens, K), "v": (*tokens, V)}
-    arrays = {name: ArrayInfo(shape, dtype, "") for name, shape in shapes.items()}
-    shapes = {"i": tokens, "f": tokens, "c_initial": (*states, K, V), "n_initial": (*states, K), "m_initial": states}
-    arrays |= {name: ArrayInfo(shape, "float32", "") for name, shape in shapes.items()}
-    if packed:
-        arrays["cu_seqlens"] = ArrayInfo((SEQUENCES + 1,), "int32", "")
-    return check_call(arrays, **options)
-
-
-def _passes(
-    heads: str, dtype: str, arch: str, descriptors: bool = False
-) -> Iterator[tuple[str, Any, dict[str, tuple[tuple[int, ...], str]]]]:
-    """(variant, pass, its inputs' shapes and dtypes); a variant's two passes, the forward ones first."""
-    from kernels_triton import plan
-
-    for variant, changes in VARIANTS.items():
-        if variant in RARE and (arch, heads, dtype) not in RARE[variant]:
-            continue
-        problem = dataclasses.replace(_problem(heads, dtype, changes), arch=arch, descriptors=descriptors)
-        forward = plan.forward_pass(problem)
-        tokens = (1, problem.T, H) if problem.sequences else (problem.B, H, T)
-        K, V = problem.K, problem.V
-        known: dict[str, tuple[tuple[int, ...], str]] = {
-            name: ((*tokens, D), dtype) for name, D in (("q", K), ("k", K), ("v", V), ("dh", V))
-        }
-        known |= {name: (tokens, "float32") for name in ("i", "f")}
-        known["cu_seqlens"] = ((SEQUENCES + 1,), "int32")
-        for suffix in ("initial", "last"):
-            for name, shape in (("c", (K, V)), ("n", (K,)), ("m", ())):
-                known[f"{name}_{suffix}"] = known[f"d{name}_{suffix}"] = ((*problem.state_heads, *shape), "float32")
-        for launch in forward.launches:
-            known |= {buffer: (spec.shape, spec.dtype) for buffer, spec in launch.outputs.values()}
-        if variant == "segment":
-            segment = plan.segment_state(problem), plan.segment_cotangent(problem, None, True)
-            known |= {name: (spec.shape, spec.dtype) for name, spec in segment[1].specs.items()}
-            for program in (*segment, plan.segment_backward(problem, None, True)):
-                yield variant, program, {name: known[name] for name in program.inputs}
-            continue
-        if variant != "detached":  # the forward pass does not depend on it
-            yield "forward" if variant == "exact" else variant, forward, {name: known[name] for name in forward.inputs}
-        if variant != "recurrent":
-            backward = plan.backward_pass(problem, None, True)
-            yield variant, backward, {name: known[name] for name in backward.inputs}
-
-
-class Driver:
-    """A driver without a device: Triton asks it what to compile for."""
-
-    def __init__(self, target: Any):
-        self.target = target
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _: int) -> int:
-        return 0
-
-
-class CompileOnly:
-    """Stands for a kernel in a launch: compiles what would be launched, and keeps the results."""
-
-    def __init__(self, kernel: Any, results: list[tuple[Any, str]]):
-        self.kernel, self.fn, self.results = kernel, kernel.fn, results
-
-    def __getitem__(self, grid: Any) -> Any:
-        def compile_it(*args: Any, **kwargs: Any) -> None:
-            log = io.StringIO()
-            with contextlib.redirect_stdout(log):  # where Triton prints the assembler's resource report
-                compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
-            self.results.append((compiled, log.getvalue()))
-
-        return compile_it
-
-
-def resources(compiled: Any, log: str) -> tuple[int, int]:
-    """Registers and spills, from ptxas' report or from the AMD assembly's metadata."""
-    if "amdgcn" in compiled.asm:
-        fields = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
-        return int(fields["vgpr_count"]), int(fields["vgpr_spill_count"])
-    registers, stores = re.search(r"Used (\d+) registers", log), re.search(r"(\d+) bytes spill stores", log)
-    if registers is None or stores is None:
-        raise RuntimeError(f"{compiled.name}: expected ptxas' report of registers and spills, got {log!r}")
-    return int(registers[1]), int(stores[1])
-
-
 def _through_torch(target: str, heads: str, dtype: str) -> list[tuple[Compiled, str]]:
     """Each distinct kernel with its PTX (assembly for AMD)."""
-    import torch
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
-    from frontend_torch import executor
     from kernels_triton.config import SHARED_MEMORY
 
     hip = target.startswith("gfx")
     driver.set_active(Driver(GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target[3:]), 32)))
     found: dict[str, tuple[Compiled, str]] = {}
     orders: dict[tuple[int, int], list[str]] = {}  # of the sums of each pass's kernels
-    passes = list(enumerate(_passes(heads, dtype, target)))
-    if target == "sm_90" and dtype == "bfloat16":  # where the PyTorch frontend goes through descriptors
-        through = enumerate(_passes(heads, dtype, target, True))
-        passes += [(number, (f"{variant}, descriptors", *rest)) for number, (variant, *rest) in through]
-    for number, (variant, program, inputs) in passes:
-        results: list[tuple[Any, str]] = []
-        launches = tuple(dataclasses.replace(x, kernel=CompileOnly(x.kernel, results)) for x in program.launches)
-        tensors = {n: torch.empty(shape, dtype=getattr(torch, d), device="meta") for n, (shape, d) in inputs.items()}
-        executor.launch_all(dataclasses.replace(program, launches=launches), tensors)
+    each = list(enumerate(passes(heads, dtype, target)))
+    if (target, dtype) == DESCRIPTORS:
+        through = enumerate(passes(heads, dtype, target, True))
+        each += [(number, (f"{variant}, descriptors", *rest)) for number, (variant, *rest) in through]
+    for number, (variant, program, inputs) in each:
+        results = compile_pass(program, inputs, CompileOnly)
         for place, (compiled, log) in enumerate(results):
             order = sums.orders(compiled.asm["ttgir"])
             other_order = orders.setdefault((number, place), order) != order
@@ -228,7 +101,7 @@ def _through_jax(target: str, heads: str, dtype: str, dump: Path) -> set[str]:
     from frontend_jax import executor
 
     before = set(dump.glob("*/*.ptx"))
-    for _, program, inputs in _passes(heads, dtype, target):
+    for _, program, inputs in passes(heads, dtype, target):
         arrays = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in inputs.items()}
 
         def run(arrays: dict[str, Any], program: Any = program) -> dict[str, Any]:
@@ -258,6 +131,22 @@ def check(target: str, heads: str, dtype: str) -> list[Compiled]:
             if len(ptx) != len(shared):
                 raise RuntimeError(f"{len(shared)} kernels through torch, {len(ptx)} through JAX")
     return [row for row, _ in rows]
+
+
+def check_orders(heads: str, chunk_size: int) -> list[Compiled]:
+    """Fails if a kernel adds in another order through descriptors, with chunks of that size. Keeps no rows."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    target, dtype = DESCRIPTORS
+    driver.set_active(Driver(GPUTarget("cuda", int(target[3:]), 32)))
+    both = zip(*(passes(heads, dtype, target, through, chunk_size) for through in (False, True)), strict=True)
+    for (variant, pointers, inputs), (_, descriptors, _) in both:
+        orders = [[sums.orders(x) for x in compile_pass(y, inputs, LayOutOnly)] for y in (pointers, descriptors)]
+        for launch, x, y in zip(pointers.launches, *orders, strict=True):
+            if x != y:
+                raise RuntimeError(f"{launch.name} ({variant}) adds in another order through descriptors")
+    return []
 
 
 def _table(rows: list[Compiled]) -> Table:
@@ -302,17 +191,20 @@ def main(
     import triton
 
     console = Console(width=None if sys.stdout.isatty() else 150)
-    tasks = [(t, h, d) for h in heads for d in dtype for t in target]
+    tasks: dict[tuple[Any, ...], Callable[..., list[Compiled]]]
+    tasks = {(t, h, d): check for h in heads for d in dtype for t in target}
+    if DESCRIPTORS[0] in target and DESCRIPTORS[1] in dtype:
+        tasks |= {(h, size): check_orders for h in heads for size in CHUNKS}
     rows: list[Compiled] = []
     failures: list[str] = []
     # A process per task: caches of compiled kernels in Triton and jax-triton outlive a change of target.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        futures = {pool.submit(check, *task): task for task in tasks}
+        futures = {pool.submit(run, *task): task for task, run in tasks.items()}
         for future in tqdm(as_completed(futures), total=len(futures), desc="compile", unit="config"):
             try:
                 rows += future.result()
             except Exception as error:  # a compiler's failure is a result here: report it with the others
-                failures.append(f"{' '.join(futures[future])}: {type(error).__name__}: {error}")
+                failures.append(f"{' '.join(map(str, futures[future]))}: {type(error).__name__}: {error}")
     console.print(_table(rows))
     for failure in failures:
         console.print(failure, style="red", markup=False)
@@ -325,7 +217,8 @@ def main(
         f"through JAX; shared memory within limits for {fitting}; {sum(x.spills > 0 for x in rows)} with spills; "
         f"{sum(x.defects > 0 for x in rows)} with defects of the assembler; "
         f"{sum(x.serialised for x in rows)} with matrix instructions one at a time; "
-        f"{sum(x.other_order for x in rows)} that add in another order through descriptors"
+        f"{sum(x.other_order for x in rows)} that add in another order through descriptors "
+        f"(also looked for with chunks of {' and '.join(map(str, CHUNKS))})"
     )
     if failures or not all(x.ok for x in rows):
         raise typer.Exit(1)

@@ -104,7 +104,7 @@ def compile_one(shape: Shape, dtype: str, field: str, arch: str, tile: tuple[int
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
-    from .compile_check import CompileOnly, Driver, resources
+    from .compile_only import CompileOnly, Driver, resources
 
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # the assembler reports only when it runs
@@ -126,7 +126,7 @@ def compile_one(shape: Shape, dtype: str, field: str, arch: str, tile: tuple[int
 
 def compile_passes(problem: Problem, alone: Problem) -> None:
     """Compile all that the passes launch, and a forward pass without gradients of `alone`; needs no memory."""
-    from .compile_check import CompileOnly
+    from .compile_only import CompileOnly
 
     config = config_of(problem)
     for launch in (*plan.forward_pass(alone, False, config).launches, *_launches(problem, config)):
