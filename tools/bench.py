@@ -10,6 +10,9 @@ to the larger of two lower bounds (bench_floors.py), from rates measured in the 
 starts from inputs alone; "bw" is measured in torch on a kept graph, and for JAX is the difference of the other two.
 Peak memory includes inputs, outputs and gradients of one call. What cannot run is listed with the reason.
 
+In torch gradients are computed on the caller's thread. By default autograd hands each backward call to a thread of its
+own and back, once for a whole model, which no implementation can do anything about: --engine-thread measures it too.
+
 On a machine without a GPU the reference backends run on small shapes: a trial of the tool, no benchmark. Exit code 1
 if one of ours failed or regressed or nothing ran, 2 for bad arguments, 130 if interrupted (what was measured is
 written).
@@ -72,6 +75,7 @@ def measure(jobs: list[Job], settings: Settings, report: Report, save: Callable[
 
     from . import bench_measure, bench_probe
 
+    torch.autograd.set_multithreading_enabled(settings.engine_thread)
     if settings.device == "cpu":
         torch.set_num_threads(1)  # a trial: busy neighbours would stall threads that wait for each other
     dtypes = list(dict.fromkeys(job.dtype for job in jobs))
@@ -127,6 +131,7 @@ def main(
     quick: bool = typer.Option(False, "--quick", help="Few small shapes, short rounds."),
     sweep: bool | None = typer.Option(None, "--sweep/--no-sweep", help="Lengths at a constant number of tokens."),
     scaling: bool | None = typer.Option(None, "--scaling/--no-scaling", help="Lengths of one sequence, to 1M tokens."),
+    engine_thread: bool = typer.Option(False, "--engine-thread", help="Gradients on autograd's own thread."),
     json_path: Path = typer.Option(Path("out/bench.json"), "--json", help="Results; pictures go beside it."),
     plot: Path | None = typer.Option(None, help="Take the results from this file instead of measuring."),
     compare: Path | None = typer.Option(None, help="An older run to hold the results against."),
@@ -170,9 +175,10 @@ def main(
         return
     from .bench_measure import Settings
 
-    settings = Settings(device, rounds or (3 if quick else 7), 0.005 if quick else 0.03)
+    settings = Settings(device, rounds or (3 if quick else 7), 0.005 if quick else 0.03, engine_thread)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     report = Report(bench_report.facts(device, device_name(device), date))
+    report.facts["autograd"] = "on its own thread" if engine_thread else "on the caller's thread"
     console.print(", ".join(f"{name} {value}" for name, value in report.facts.items()), highlight=False)
     code = 0
     try:

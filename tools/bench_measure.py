@@ -41,6 +41,7 @@ class Settings:
     device: str
     rounds: int = 7
     round_seconds: float = 0.03
+    engine_thread: bool = False  # torch's gradients on autograd's own thread, not on the caller's
 
 
 @dataclass
