@@ -128,6 +128,17 @@ def test_fused_kernels_where_they_fill_the_gpu():
     assert taken == {64: [128, 144, 192, 256], 256: [16, 64, 128, 192, 256]}
 
 
+def test_segments_of_few_heads():
+    """As many as keep the GPU busy, up to a bound; many programs only in few segments, and short sequences are whole."""
+    cases = {(1, 128, 256): 32, (2, 256, 512): 9, (8, 128, 128): 17, (16, 128, 256): 9, (128, 128, 256): 1}
+    for (heads, K, V), count in cases.items():
+        p = dataclasses.replace(problem(B=1, H=heads, T=65536, K=K, V=V, dtype="bfloat16"), arch="sm_90")
+        assert Builder(p).segments(backward=True) == count, (heads, K, V)
+        assert Builder(dataclasses.replace(p, T=1024)).segments(backward=True) == 1
+    p = dataclasses.replace(problem(B=1, H=16, T=65536, K=128, V=256, dtype="bfloat16"), arch="sm_90")
+    assert Builder(p).segments(backward=False) == 4  # the fused kernel's
+
+
 def test_a_launch_checks_its_names():
     launch = launches(problem())[0]
     operands = {name: x for name, x in launch.operands.items() if name != "T"}

@@ -155,7 +155,7 @@ def roofline(report: Report) -> Figure | None:
     compared |= dict.fromkeys(best, "best mlstm-kernels")
     names = compared or {id(row): row.implementation for row in rows}
     looks = _looks(names.values())
-    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(12, 6.5), layout="constrained")
     intensities = [row.flops / row.bytes for row in rows]
     x = np.geomspace(min(*intensities, matmul / copy) / 3, max(max(intensities), matmul / copy) * 3, 200)
     axes.plot(x, np.minimum(copy * x, matmul), color="0.2", linewidth=2)
