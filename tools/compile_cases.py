@@ -10,7 +10,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 HEADS = ("64x64", "128x128", "128x256", "256x512")
 DTYPES = ("bfloat16", "float32")
 B, H, T = 2, 4, 520  # only strides come from these; T is ragged
-LONG, SEQUENCES = 2100, 3  # of packed sequences: long enough for scans in segments
+LONG, SEQUENCES = 2100, 3  # long enough for scans in segments; packed sequences
 # By name, the operator's options that other kernels come from.
 VARIANTS: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -20,11 +20,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "packed": {"packed": True, "layout": "bthd"},
     "segment": {},  # of a sequence that is split over devices
     "many heads": {"B": 32},  # the fused kernels, where the table has any
+    "some heads": {"B": 24},  # too many for segments, too few for the fused forward kernel
+    "long": {"T": LONG},  # in segments
 }
 # Those that are compiled for some targets, head dims and dtypes only, since they differ from the rest in little.
 HOPPER = ("sm_90", "128x256", "bfloat16")
 SOME = (HOPPER, *((target, "64x64", "bfloat16") for target in TARGETS))
-RARE = {"plain": (HOPPER,), "packed": SOME, "segment": (*SOME, ("sm_90", "64x64", "float32")), "many heads": SOME}
+RARE = {
+    "plain": (HOPPER,),
+    "packed": SOME,
+    "segment": (*SOME, ("sm_90", "64x64", "float32")),
+    "many heads": SOME,
+    "some heads": (HOPPER, ("sm_90", "128x128", "bfloat16")),
+    "long": (HOPPER, ("sm_90", "64x64", "bfloat16"), ("sm_90", "128x256", "float32")),
+}
 
 
 def make_problem(heads: str, dtype: str, changes: dict[str, Any]) -> Any:
@@ -41,8 +50,8 @@ def make_problem(heads: str, dtype: str, changes: dict[str, Any]) -> Any:
         "backend": "auto",
     } | changes
     packed = options.pop("packed", False)
-    batch = options.pop("B", B)
-    tokens = (1, LONG, H) if packed else (batch, H, T)
+    batch, length = options.pop("B", B), options.pop("T", T)
+    tokens = (1, LONG, H) if packed else (batch, H, length)
     states = (SEQUENCES if packed else batch, H)
     shapes: dict[str, tuple[int, ...]] = {"q": (*tokens, K), "k": (*tokens, K), "v": (*tokens, V)}
     arrays = {name: ArrayInfo(shape, dtype, "") for name, shape in shapes.items()}
@@ -65,7 +74,7 @@ def passes(
         problem = make_problem(heads, dtype, changes | {"chunk_size": chunk_size})
         problem = dataclasses.replace(problem, arch=arch, descriptors=descriptors)
         forward = plan.forward_pass(problem)
-        tokens = (1, problem.T, H) if problem.sequences else (problem.B, H, T)
+        tokens = (1, problem.T, H) if problem.sequences else (problem.B, H, problem.T)
         K, V = problem.K, problem.V
         known: dict[str, tuple[tuple[int, ...], str]] = {
             name: ((*tokens, D), dtype) for name, D in (("q", K), ("k", K), ("v", V), ("dh", V))

@@ -155,7 +155,7 @@ def _table(rows: list[Compiled]) -> Table:
     for name in ("target", "K x V", "dtype", "kernel", "pass", *numeric, "PTX torch = JAX"):
         table.add_column(name, justify="right" if name in numeric else "left")
     order = {name: i for i, name in enumerate(("forward", *VARIANTS))}
-    order |= {f"{name}, descriptors": i + 9 for name, i in order.items()}
+    order |= {f"{name}, descriptors": i + len(order) for name, i in order.items()}
     keys = {name: i for names in (TARGETS, HEADS, DTYPES) for i, name in enumerate(names)}
     rows.sort(key=lambda x: (keys[x.target], keys.get(x.heads, 9), keys.get(x.dtype, 9), order[x.variant]))
     for x in rows:
