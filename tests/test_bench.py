@@ -1,6 +1,7 @@
 """The benchmark tool: floors, tables of cases, results as JSON, comparison, pictures, and a run on a CPU."""
 
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+import torch
 from rich.console import Console
 
-from tools import bench, bench_cases, bench_floors, bench_plot, bench_report
+from tools import bench, bench_cases, bench_floors, bench_measure, bench_plot, bench_report
 from tools.bench_cases import IMPLEMENTATIONS, PASSES, SCALING, SHAPES, SWEEP
 from tools.bench_measure import derive
 from tools.bench_report import Report, Row
@@ -245,6 +247,19 @@ def test_run_on_a_cpu(tmp_path):
     again = run(tmp_path, "--plot", str(tmp_path / "out.json"), "--compare", str(tmp_path / "out.json"))
     assert again.returncode == 0, again.stderr
     assert "0 regressed" in again.stdout
+
+
+@pytest.mark.parametrize("engine_thread", [False, True])
+def test_where_torch_computes_gradients(engine_thread, monkeypatch):
+    monkeypatch.setattr(bench_measure, "ceilings", lambda *_: bench_measure.Ceilings(1.0, {}))
+    threads, before = torch.get_num_threads(), torch.autograd.is_multithreading_enabled()
+    try:
+        bench.measure([], bench_measure.Settings("cpu", engine_thread=engine_thread), Report({}), lambda: None)
+        assert torch.autograd.is_multithreading_enabled() == engine_thread
+    finally:
+        torch.autograd.set_multithreading_enabled(before)
+        torch.set_num_threads(threads)
+        gc.unfreeze()
 
 
 def test_bad_arguments(tmp_path):
