@@ -43,3 +43,10 @@ def test_sound_code_is_not_reported():
 
 def test_a_register_that_holds_something_else_by_then():
     assert wrong_addresses(LOAD + USE + REUSE + WRONG.splitlines(keepends=True)[0]) == []
+
+
+def test_a_wide_product_fills_two_registers():
+    wide = "        /*6c40*/                   UIMAD.WIDE.U32 UR16, UR12, 0xc8, UR4 ;    /* 0x000000c80c06 */\n"
+    upper = "        /*6c80*/                   UIADD3 UR8, UR17, UR8, URZ ;    /* 0x000000080708 */\n"
+    assert wrong_addresses(LOAD + upper)
+    assert wrong_addresses(LOAD + wide + upper) == []

@@ -72,7 +72,8 @@ def passes(
         if variant in RARE and (arch, heads, dtype) not in RARE[variant]:
             continue
         problem = make_problem(heads, dtype, changes | {"chunk_size": chunk_size})
-        problem = dataclasses.replace(problem, arch=arch, descriptors=descriptors)
+        aligned = problem.K % 8 == 0 and problem.V % 8 == 0  # as descriptors ask for: 16 bytes
+        problem = dataclasses.replace(problem, arch=arch, descriptors=descriptors and aligned)
         forward = plan.forward_pass(problem)
         tokens = (1, problem.T, H) if problem.sequences else (problem.B, H, problem.T)
         K, V = problem.K, problem.V

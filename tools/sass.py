@@ -48,7 +48,7 @@ def wrong_addresses(sass: str) -> list[str]:
         reads = operation.startswith("U") and any(x in holders for x in sources)
         if halves or (reads and not operation.startswith("UMOV")):
             found.append(f"{operation} {operands}")
-        targets = {target, target + 1} if ".64" in operation else {target}
+        targets = {target, target + 1} if ".64" in operation or ".WIDE" in operation else {target}
         lower = {carry: source for carry, source in lower.items() if source not in targets}
         if operation == "UIADD3" and carries and sources and sources[0] not in targets:
             lower[carries[0]] = sources[0]
