@@ -7,7 +7,6 @@ import math
 
 from .builder_fused import FusedBuilder
 from .builder_recurrent import RecurrentBuilder
-from .builder_scan import ScanBuilder
 from .config import MANY_HEADS, Tile, cdiv
 from .kernels import (
     chunk_backward,
@@ -21,7 +20,7 @@ from .launch import Launch, Spec
 from .launch_builder import GATES, NORMALISER, STATE_WEIGHT
 
 
-class Builder(FusedBuilder, ScanBuilder, RecurrentBuilder):
+class Builder(FusedBuilder, RecurrentBuilder):
     """The launches of one problem."""
 
     @property

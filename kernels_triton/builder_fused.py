@@ -19,7 +19,7 @@ class FusedBuilder(ScanBuilder):
         assert tile is not None
         count = self.segments(backward=False) if self.value_parts > 1 else 1
         before = (self.segment_sums(),) if count > 1 else ()
-        sums = self.sums(backward=False).items()
+        sums = self._sums(backward=False).items()
         tokens, unit = self._tokens(tile, ("q", "q"), ("k", "k"), ("v", "v"))
         fused = self._launch(
             fused_forward,

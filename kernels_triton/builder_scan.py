@@ -23,7 +23,7 @@ class ScanBuilder(LaunchBuilder):
         return cdiv(self.p.K, tile.BK) * cdiv(self.p.V, tile.BV)
 
     @staticmethod
-    def sums(backward: bool) -> dict[str, str]:
+    def _sums(backward: bool) -> dict[str, str]:
         return {parameter: f"d{buffer}" if backward else buffer for parameter, buffer in SUMS.items()}
 
     def _limits(self, backward: bool) -> tuple[int, int]:
@@ -36,7 +36,7 @@ class ScanBuilder(LaunchBuilder):
         return few, max(few, most)
 
     def segments(self, backward: bool) -> int:
-        """Into how many segments the scan is cut; packed sequences at most, each by its length (`state._segment`).
+        """Into how many segments the scan is cut; packed sequences at most, each by its length (`kernels/segments.py`).
 
         As the gates' kernel, only from so many chunks on: of other lengths there are two plans then, not three.
         """
@@ -76,7 +76,7 @@ class ScanBuilder(LaunchBuilder):
                 "u": "delta" if backward else None,
                 "gamma": "gamma",
                 **operands,
-                **{x: name if follows else None for x, name in self.sums(backward).items()},
+                **{x: name if follows else None for x, name in self._sums(backward).items()},
                 **{x: outputs[begun[x]][0] if x in begun else None for x in ("begun", "begun_norms")},
                 "states_view": self._states(tile, outputs["states"][0]) if by_descriptor else None,
                 "segment": 0 if self.packed or segments.value == ONE.value else cdiv(self.NT, count),
@@ -126,21 +126,33 @@ class ScanBuilder(LaunchBuilder):
         outputs = {x: (name, shape) for x, name, shape in zip(parameters, names, shapes, strict=True)}
         if count == 1:
             return (self._scan(backward, ONE if keep else LAST, operands, outputs, KEEP=keep, **flags),)
-        # Of packed sequences a segment's place follows from its first chunk: of those kept none has fewer than four.
-        of = (p.H, self.NT // 4 + 1) if self.packed else (*head, count - 1)
-        added, norms_added, left = self.sums(backward).values()
-        sums = (
-            *list(outputs.values())[:2],
-            (added, Spec((*of, p.K, p.V), "float32")),
-            (norms_added, Spec((*of, p.K), "float32")),
-            (left, Spec(of, "float32")),
-        )
-        start = {name: x if name in ("state_in", "norm_in") else None for name, x in operands.items()}
-        of_first = flags | {"HAS_INITIAL": False, "HAS_OUTER": False, "KEEP": keep}
+        kept = {x: outputs[x] for x in ("states", "norms")}
         return (
-            self._scan(backward, SUM, start, dict(zip(parameters, sums, strict=True)), **of_first),
+            self._scan_sums(backward, operands, kept, keep, **flags),
             self._scan(backward, FOLLOW if keep else LAST, operands, outputs, KEEP=keep, **flags),
         )
+
+    def _scan_sums(
+        self,
+        backward: bool,
+        operands: dict[str, Any],
+        kept: dict[str, tuple[str, Spec]],
+        keep: bool,
+        **flags: bool,
+    ) -> Launch:
+        """The first of two launches. kept: the buffers of states and norms, of one element each if not to keep."""
+        p = self.p
+        # Of packed sequences a segment's place follows from its first chunk: of those kept none has fewer than four.
+        of = (p.H, self.NT // 4 + 1) if self.packed else (p.B, p.H, self.segments(backward) - 1)
+        added, norms_added, left = self._sums(backward).values()
+        outputs = kept | {
+            "state_out": (added, Spec((*of, p.K, p.V), "float32")),
+            "norm_out": (norms_added, Spec((*of, p.K), "float32")),
+            "outer": (left, Spec(of, "float32")),
+        }
+        start = {name: x if name in ("state_in", "norm_in") else None for name, x in operands.items()}
+        of_first = flags | {"HAS_INITIAL": False, "HAS_OUTER": False}
+        return self._scan(backward, SUM, start, outputs, KEEP=keep, **of_first)
 
     def _forward_operands(self) -> tuple[dict[str, Any], dict[str, bool]]:
         """The operands of the forward scan that the initial state is, and the flags for them."""
@@ -167,9 +179,12 @@ class ScanBuilder(LaunchBuilder):
 
     def segment_sums(self) -> Launch:
         """What each segment but the last adds to the state, for the fused kernel."""
-        names = ("unused_sums_states", "unused_sums_norms", "unused_sums_c", "unused_sums_n", "unused_scan")
         operands, flags = self._forward_operands()
-        return self._scans(False, operands, names, keep=False, **flags)[0]
+        kept = {
+            "states": ("unused_sums_states", Spec((1,), self.state_dtype)),
+            "norms": ("unused_sums_norms", Spec((1,), "float32")),
+        }
+        return self._scan_sums(False, operands, kept, keep=False, **flags)
 
     def segment_state(self) -> tuple[Launch, ...]:
         """The last state alone, from a state of 0, whatever the problem's initial one."""

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from .cases import DEFAULTS
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 HEADS = ("64x64", "128x128", "128x256", "256x512")
 DTYPES = ("bfloat16", "float32")
@@ -37,18 +39,12 @@ RARE = {
 
 
 def make_problem(heads: str, dtype: str, changes: dict[str, Any]) -> Any:
+    """The problem of a call. changes: options of the operator, and B, T or packed in place of the usual sizes."""
     from kernels_triton.validation import ArrayInfo, check_call
 
     K, V = map(int, heads.split("x"))
-    options: dict[str, Any] = {
-        "eps": 1e-6,
-        "chunk_size": None,
-        "qk_scale": None,
-        "normalizer_grad": "exact",
-        "layout": "bhtd",
-        "precision": "ieee",
-        "backend": "auto",
-    } | changes
+    options = {**DEFAULTS, "backend": "auto"} | changes
+    del options["return_last_states"]  # no matter of the kernels
     packed = options.pop("packed", False)
     batch, length = options.pop("B", B), options.pop("T", T)
     tokens = (1, LONG, H) if packed else (batch, H, length)

@@ -127,6 +127,14 @@ def as_accumulator(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def loaded_inner_product(x, y, SIZE: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr):
+    """`inner_product` of an x that was loaded: in bfloat16 its layout depends on how states are read and stored."""
+    if BF16:
+        x = as_accumulator(x, PRECISION)
+    return inner_product(x, y, SIZE)
+
+
+@triton.jit
 def rows_times_accumulator(x, accumulator, PRECISION: tl.constexpr, SOURCE: tl.constexpr):
     """sum_k x_k accumulator_k of each row, in one order however x was read: that of the accumulator's layout.
 

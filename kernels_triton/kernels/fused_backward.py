@@ -7,10 +7,10 @@ from .common import (
     GIVEN,
     POINTERS,
     add_products,
-    as_accumulator,
     dot,
     inner_product,
     load_row_decays,
+    loaded_inner_product,
     operand,
     row_products,
     state_weight,
@@ -106,10 +106,7 @@ def fused_backward(
     if HAS_LAST:
         b_state = load_state((dc_last + o_state,), 0, 0, K, V, BK, BV, POINTERS).to(tl.float32)
         b_last = load_state((c_last + o_state,), 0, 0, K, V, BK, BV, POINTERS)
-        b_in = b_state
-        if BF16:  # only there the loads' layout depends on how states are read
-            b_in = as_accumulator(b_in, PRECISION)
-        product = inner_product(b_in, b_last, BK * BV)
+        product = loaded_inner_product(b_state, b_last, BK * BV, BF16, PRECISION)
         if HAS_NORMS:
             b_norm = load_vector(dn_last + state * K, o_k, K, BK).to(tl.float32)
             product += tl.sum(b_norm * load_vector(n_last + state * K, o_k, K, BK), 0)

@@ -6,12 +6,12 @@ import triton.language as tl
 from .common import (
     DESCRIPTORS,
     POINTERS,
-    as_accumulator,
     dot,
     exp2_difference,
     inner_product,
     load_pair,
     load_row_decays,
+    loaded_inner_product,
     operand,
     state_weight,
 )
@@ -156,9 +156,7 @@ def state_scan(
             if HAS_STATE_IN:
                 b_in = load_state((state_in + o_state,), k0, v0, K, V, BK, BV, POINTERS).to(tl.float32)
                 b_c = load_state((fw_last + o_state,), k0, v0, K, V, BK, BV, POINTERS)
-                if BF16:  # only there the loads' layout depends on how states are stored
-                    b_in = as_accumulator(b_in, PRECISION)
-                product = inner_product(b_in, b_c, BK * BV)
+                product = loaded_inner_product(b_in, b_c, BK * BV, BF16, PRECISION)
                 if HAS_NORMS and HAS_NORM_IN:
                     b_in = load_vector(norm_in + state * K, o_k, K, BK).to(tl.float32)
                     product += norm_product(b_in, fw_norm_last + state * K, o_k, vt, K, BK)
