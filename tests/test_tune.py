@@ -5,7 +5,9 @@ import json
 import os
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from kernels_triton.config import TABLES, Tile, configure
@@ -32,6 +34,16 @@ def test_candidates_are_valid_and_the_present_tile_is_first(shape, field):
         assert getattr(with_tile(config, field, tile), field) == tile
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda x: x.name)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32-tf32"])
+def test_every_kernel_with_candidates_is_launched(shape, dtype):
+    problem = tune_measure.make_problem(shape, dtype, "sm_90")
+    for field in BLOCKS:
+        config = tune_measure.config_of(problem, field)
+        if list(candidates(field, config, shape.K, shape.V)):
+            assert list(tune_measure.launches_of(field, problem, config)), field
+
+
 def test_an_unknown_kernel_is_refused():
     config = configure(tune_measure.make_problem(A, "bfloat16", "sm_90"))
     with pytest.raises(ValueError, match="field: expected one of state, .*, got 'mix'"):
@@ -50,7 +62,7 @@ def test_found_tiles_reach_the_table(tmp_path):
     entry = new["entries"][changed[0]]
     assert entry["forward"] == list(tile)
     assert entry["K"] == A.K and entry["heads"][1] is None
-    assert new["measured"] == "a machine"
+    assert entry["measured"] == "a machine"
 
 
 @pytest.mark.parametrize("arch", [*TABLES, "gfx942"])
@@ -64,6 +76,25 @@ def test_compiling_one_tile():
     [(spills, shared, error)] = tune.compile_all([job], 1)
     assert (spills, error) == (0, "")
     assert shared < 1000
+
+
+TILE = Tile(64, 64, 64, 64, 4, 2)
+WIDE = 300_000  # bytes of shared memory that no architecture has
+
+
+def test_without_a_clock_no_tile_may_spill():
+    found = tune.pruned([TILE] * 3, [(8, 0, ""), (0, 0, ""), (0, WIDE, "")], "sm_90", timed=False)
+    assert [x.problem for x in found] == ["spills", "", "shared memory > 232448"]
+
+
+def test_few_spills_are_left_to_the_clock_and_the_present_tile_stays():
+    found = tune.pruned([TILE] * 4, [(900, 0, ""), (8, 0, ""), (900, 0, ""), (900, 0, "broken")], "sm_90", timed=True)
+    assert [x.problem for x in found] == ["", "", "spills", "broken"]
+
+
+def test_where_all_spill_the_clock_decides():
+    found = tune.pruned([TILE] * 3, [(900, WIDE, ""), (900, 0, ""), (900, WIDE, "")], "sm_90", timed=True)
+    assert [x.problem for x in found] == ["shared memory > 232448", "", "shared memory > 232448"]
 
 
 class FakeBench:
@@ -92,6 +123,45 @@ def test_a_tile_that_takes_its_process_along_is_left_out(monkeypatch):
     times, wrong = tune.on_gpu(A, "bfloat16", "state", "sm_90", tiles)
     assert times == {1: 3.0, 2: 1.0, 3: 2.0}
     assert wrong == {0: "fails on the GPU: exit code 7", 2: "h: error", 3: ""}
+
+
+def test_tiles_far_behind_are_timed_once(monkeypatch):
+    monkeypatch.setattr(tune_measure, "Bench", FakeBench)
+    sent = []
+    tiles = {n: Tile(64, 16, 64, 64, 4, stages) for n, stages in enumerate((3, 2, 2))}
+    receiver = SimpleNamespace(send=sent.append)
+    tune_measure.measure(A, "bfloat16", "state", "sm_90", tiles, 3, 1.01, receiver)
+    assert [x for what, x in sent if what == "time"] == [0, 1, 2, 1, 2, 1, 2]
+    assert [x for what, x in sent if what == "turns"] == [9, 4, 2]
+    assert sent[-1] == ("wrong", {1: ""})
+
+
+@pytest.fixture
+def check(monkeypatch):
+    """Bench.check without a GPU; h is 1 and may be 1e-3 off. An argument is h of each run, by descriptors or not."""
+    bench = object.__new__(tune_measure.Bench)
+    problem = tune_measure.make_problem(A, "bfloat16", "sm_90")
+    vars(bench)["_small"] = problem, {}, {"h": np.ones(3)}, {"h": 1e-3}
+
+    def call(results):
+        monkeypatch.setattr(
+            bench, "_results", lambda problem, *_: {"h": torch.full((3,), results(problem.descriptors))}
+        )
+        return bench.check(configure(problem))
+
+    return call
+
+
+def test_right_results_pass(check):
+    assert check(lambda _: 1.0) == ""
+
+
+def test_what_is_wrong_is_named(check):
+    assert check(lambda _: 1.01).startswith("h: error 1.0e-02 > 1.0e-03")
+    assert check(lambda _: float("nan")).startswith("h: error inf")
+    runs = iter((1.0, 1.0001))
+    assert check(lambda _: next(runs)) == "h: other bits in another run"
+    assert check(lambda descriptors: 1.0 if descriptors else 1.0001) == "h: other bits by pointers"
 
 
 def test_the_entry_of_a_precision():

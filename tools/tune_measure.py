@@ -24,6 +24,7 @@ from .cases import Arrays, Case, make_inputs
 from .tune_candidates import KERNELS, with_tile
 
 CHECKED_TOKENS = 1024
+FAR = 1.25  # of the best time; rounds of one tile lie closer to each other
 
 
 def dtype_named(name: str) -> Dtype:
@@ -56,9 +57,14 @@ def make_problem(shape: Shape, name: str, arch: str) -> Problem:
     return dataclasses.replace(problem, arch=arch, descriptors=descriptors)
 
 
-def config_of(problem: Problem) -> Config:
-    """The configuration that the table has now."""
-    return tables.configure(problem)
+def config_of(problem: Problem, field: str) -> Config:
+    """The configuration that the table has now; without fused kernels where those stand in for the one to be tuned.
+
+    The table's entry serves other numbers of heads too, which take that kernel.
+    """
+    config = tables.configure(problem)
+    launched = launches_of(field, problem, config)
+    return config if launched else dataclasses.replace(config, fused=None, dfused=None)
 
 
 def this_architecture() -> str:
@@ -93,13 +99,18 @@ def _launches(problem: Problem, config: Config) -> tuple[Launch, ...]:
     return forward.launches + plan.backward_pass(problem, None, False, config).launches
 
 
-def _kernel_of(field: str, launch: Launch) -> bool:
+def launches_of(field: str, problem: Problem, config: Config) -> list[Launch]:
+    """The launches, of both passes, of the kernel that a field of Config shapes."""
     name, backward = KERNELS[field]
-    return launch.name == name and backward in (None, launch.constexprs.get("BACKWARD"))
+    launches = (x for x in _launches(problem, config) if x.name == name)
+    return [x for x in launches if backward in (None, x.constexprs.get("BACKWARD"))]
 
 
 def compile_one(shape: Shape, dtype: str, field: str, arch: str, tile: tuple[int, ...]) -> tuple[int, int, str]:
-    """(spilled bytes, shared memory, error) of one kernel; runs in a process of its own, needs no GPU."""
+    """(spilled bytes, shared memory, error) of one kernel; runs in a process of its own, needs no GPU.
+
+    Of several launches the most.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -111,24 +122,25 @@ def compile_one(shape: Shape, dtype: str, field: str, arch: str, tile: tuple[int
     hip = arch.startswith("gfx")
     driver.set_active(Driver(GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch[3:]), 32)))
     problem = make_problem(shape, dtype, arch)
-    config = with_tile(config_of(problem), field, Tile(*tile))
-    launch = next(x for x in _launches(problem, config) if _kernel_of(field, x))
+    config = with_tile(config_of(problem, field), field, Tile(*tile))
     results: list[tuple[Any, str]] = []
     try:
-        run_one(dataclasses.replace(launch, kernel=CompileOnly(launch.kernel, results)), problem, config)
+        for launch in launches_of(field, problem, config):
+            run_one(dataclasses.replace(launch, kernel=CompileOnly(launch.kernel, results)), problem, config)
     except Exception as error:  # a compiler's failure is a result here
         return 0, 0, f"{type(error).__name__}: {str(error)[:60]}"
-    compiled, log = results[0]
-    if arch == "sm_90" and sass.wrong_addresses(sass.disassemble(compiled.asm["cubin"])):
-        return 0, compiled.metadata.shared, "defect of the assembler"
-    return resources(compiled, log)[1], compiled.metadata.shared, ""
+    spills = max(resources(compiled, log)[1] for compiled, log in results)
+    shared = max(compiled.metadata.shared for compiled, _ in results)
+    if arch == "sm_90" and any(sass.wrong_addresses(sass.disassemble(x.asm["cubin"])) for x, _ in results):
+        return 0, shared, "defect of the assembler"
+    return spills, shared, ""
 
 
 def compile_passes(problem: Problem, alone: Problem) -> None:
     """Compile all that the passes launch, and a forward pass without gradients of `alone`; needs no memory."""
     from .compile_only import CompileOnly
 
-    config = config_of(problem)
+    config = tables.configure(problem)
     for launch in (*plan.forward_pass(alone, False, config).launches, *_launches(problem, config)):
         run_one(dataclasses.replace(launch, kernel=CompileOnly(launch.kernel, [])), problem, config)
 
@@ -185,7 +197,7 @@ class Bench:
         """Milliseconds of one kernel under a configuration; from a CUDA graph, as few heads take the host longer."""
         from triton.testing import do_bench_cudagraph
 
-        launches = [x for x in _launches(self.problem, config) if _kernel_of(field, x)]
+        launches = launches_of(field, self.problem, config)
         made = {buffer for launch in launches for buffer, _ in launch.outputs.values()}
         env = dict(self.env)
 
@@ -198,15 +210,18 @@ class Bench:
         return float(do_bench_cudagraph(call, rep=20, return_mode="median"))
 
     def check(self, config: Config) -> str:
-        """What is wrong with a configuration's results against float64, or nothing; twice the same bits, too."""
+        """What is wrong with a configuration's results against float64, or nothing; once more and by pointers, too."""
         problem, inputs, exact, tolerance = self._small
-        first, second = (self._results(problem, config, inputs) for _ in range(2))
-        for name, x in first.items():
+        results = self._results(problem, config, inputs)
+        for name, x in results.items():
             error = compare.frobenius_error(compare.from_torch(x), exact[name])
             if not error <= tolerance[name]:
                 return f"{name}: error {error:.1e} > {tolerance[name]:.1e}"
-            if not torch.equal(x, second[name]):
-                return f"{name}: other bits in another run"
+        by_pointers = dataclasses.replace(problem, descriptors=False)  # as in JAX
+        for way, other in (("in another run", problem), ("by pointers", by_pointers)):
+            for name, x in self._results(other, config, inputs).items():
+                if not torch.equal(x, results[name]):
+                    return f"{name}: other bits {way}"
         return ""
 
     @functools.cached_property
@@ -236,21 +251,26 @@ def measure(
 ) -> None:
     """Times tiles in turns, and checks them, the fastest first, until one is right. For a process of its own.
 
-    Sends ("time", n) and ("check", n) before it does so with tile n, ("times", {n: milliseconds}) and, last,
-    ("wrong", {n: what}) of those that were checked, "" for the one that is right. Those within `slack` of the best keep
-    their order.
+    Tiles that a round leaves FAR behind the best are not timed again. Sends ("turns", number) of what is left to time
+    before each round, ("time", n) and ("check", n) before it does so with tile n, ("times", {n: milliseconds}) and,
+    last, ("wrong", {n: what}) of those that were checked, "" for the one that is right. Those within `slack` of the
+    best keep their order.
     """
     problem = make_problem(shape, dtype, arch)
-    config = config_of(problem)
+    config = config_of(problem, field)
     bench = Bench(problem, config)
     rows: dict[int, list[float]] = {n: [] for n in tiles}
-    for _ in range(rounds):
-        for n, tile in tiles.items():
+    times: dict[int, float] = {}
+    close = list(tiles)
+    for left in range(rounds, 0, -1):
+        send.send(("turns", left * len(close)))
+        for n in close:
             send.send(("time", n))
-            rows[n].append(bench.time(field, with_tile(config, field, tile)))
-    times = {n: statistics.median(row) for n, row in rows.items()}
+            rows[n].append(bench.time(field, with_tile(config, field, tiles[n])))
+        times = {n: statistics.median(row) for n, row in rows.items()}
+        best = min(times.values())
+        close = [n for n in close if times[n] <= FAR * best]
     send.send(("times", times))
-    best = min(times.values())
     wrong = {}
     for n in sorted(times, key=lambda n: (times[n] > best * slack, times[n] if times[n] > best * slack else n)):
         send.send(("check", n))
