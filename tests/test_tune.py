@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from kernels_triton.config import TABLES, Tile, configure
 from tools import tune, tune_measure
-from tools.bench_cases import SHAPES
+from tools.bench_cases import DTYPES, SHAPES
 from tools.tune_candidates import BLOCKS, candidates, valid, with_tile
 
 A = next(x for x in SHAPES if x.name == "A")
@@ -35,13 +35,16 @@ def test_candidates_are_valid_and_the_present_tile_is_first(shape, field):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda x: x.name)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32-tf32"])
-def test_every_kernel_with_candidates_is_launched(shape, dtype):
+@pytest.mark.parametrize("dtype", [x.name for x in DTYPES])
+def test_every_candidate_makes_other_launches(shape, dtype):
     problem = tune_measure.make_problem(shape, dtype, "sm_90")
     for field in BLOCKS:
         config = tune_measure.config_of(problem, field)
-        if list(candidates(field, config, shape.K, shape.V)):
-            assert list(tune_measure.launches_of(field, problem, config)), field
+        seen = []
+        for tile in candidates(field, config, shape.K, shape.V, problem.descriptors):
+            launches = tune_measure.launches_of(field, problem, with_tile(config, field, tile))
+            assert launches and launches not in seen, (field, tile)
+            seen.append(launches)
 
 
 def test_an_unknown_kernel_is_refused():

@@ -58,13 +58,17 @@ def make_problem(shape: Shape, name: str, arch: str) -> Problem:
 
 
 def config_of(problem: Problem, field: str) -> Config:
-    """The configuration that the table has now; without fused kernels where those stand in for the one to be tuned.
+    """The configuration that the table has now; without fused kernels where with them the field's tile shapes nothing.
 
-    The table's entry serves other numbers of heads too, which take that kernel.
+    The table's entry serves other numbers of heads too, which take the kernel that it shapes.
     """
     config = tables.configure(problem)
-    launched = launches_of(field, problem, config)
-    return config if launched else dataclasses.replace(config, fused=None, dfused=None)
+    tile: Tile | None = getattr(config, field)
+    if tile is None:
+        return config
+    other = with_tile(config, field, dataclasses.replace(tile, num_warps=2 * tile.num_warps))
+    shapes = launches_of(field, problem, config) != launches_of(field, problem, other)
+    return config if shapes else dataclasses.replace(config, fused=None, dfused=None)
 
 
 def this_architecture() -> str:
