@@ -175,6 +175,34 @@ def test_the_entry_of_a_precision():
         assert dataclasses.astuple(config.backward)[: len(own[0]["backward"])] == tuple(own[0]["backward"])
 
 
+@pytest.mark.parametrize("error, code", [("", 0), ("broken", 1)])
+def test_compiling_alone(monkeypatch, error, code):
+    monkeypatch.setattr(tune, "compile_all", lambda jobs, _: [(0, 0, error)] * len(jobs))
+    result = CliRunner().invoke(_app(), ["--target", "sm_90", "--shapes", "C64"])
+    assert result.exit_code == code, result.output
+    assert all(f": {field} " in result.output for field in BLOCKS)
+
+
+def test_a_search_that_writes(monkeypatch, tmp_path):
+    path = tmp_path / "sm_90.json"
+    path.write_text(tune_measure.table_path("sm_90").read_text())
+    monkeypatch.setattr(tune_measure, "table_path", lambda _: path)
+    monkeypatch.setattr(tune_measure, "this_architecture", lambda: "sm_90")
+    monkeypatch.setattr(tune_measure, "machine", lambda: "a machine")
+    monkeypatch.setattr(tune, "compile_all", lambda jobs, _: [(0, 0, "")] * len(jobs))
+    fastest = {}
+
+    def on_gpu(shape, dtype, field, arch, tiles):
+        fastest[field] = list(dataclasses.astuple(tiles[1]))
+        return {n: 1.0 - (n == 1) / 2 for n in tiles}, {1: ""}
+
+    monkeypatch.setattr(tune, "on_gpu", on_gpu)
+    result = CliRunner().invoke(_app(), ["--shapes", "C64", "--write"])
+    assert result.exit_code == 0, result.output
+    [entry] = [x for x in json.loads(path.read_text())["entries"] if x["measured"] == "a machine"]
+    assert {field: entry[field] for field in BLOCKS} == fastest
+
+
 def test_bad_arguments():
     for arguments in (["--shapes", "Z"], ["--kernels", "mix"], ["--dtype", "float8", "--target", "sm_90"]):
         assert CliRunner().invoke(_app(), arguments).exit_code == 2
