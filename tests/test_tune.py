@@ -139,6 +139,18 @@ def test_tiles_far_behind_are_timed_once(monkeypatch):
     assert sent[-1] == ("wrong", {1: ""})
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda x: x.name)
+def test_what_is_checked_launches_what_is_timed(shape):
+    problem = tune_measure.make_problem(shape, "bfloat16", "sm_90")
+    small = tune_measure.of_case(problem, tune_measure.checked_case(problem))
+    assert small.B * small.H * small.T <= tune_measure.CHECKED_TOKENS
+    for field in BLOCKS:
+        config = tune_measure.config_of(problem, field)
+        timed, checked = (tune_measure.launches_of(field, x, config) for x in (problem, small))
+        assert [x.name for x in timed] == [x.name for x in checked], field
+        assert [x.constexprs.get("SEGMENTS") for x in timed] == [x.constexprs.get("SEGMENTS") for x in checked], field
+
+
 @pytest.fixture
 def check(monkeypatch):
     """Bench.check without a GPU; h is 1 and may be 1e-3 off. An argument is h of each run, by descriptors or not."""

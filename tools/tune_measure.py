@@ -13,7 +13,7 @@ import torch
 
 from kernels_triton import config as tables
 from kernels_triton import plan
-from kernels_triton.config import MANY_HEADS, Config, Tile
+from kernels_triton.config import Config, Tile
 from kernels_triton.launch import Launch
 from kernels_triton.problem import Problem
 from kernels_triton.validation import ArrayInfo, check_call
@@ -23,7 +23,7 @@ from .bench_cases import DTYPES, Dtype, Shape
 from .cases import Arrays, Case, make_inputs
 from .tune_candidates import KERNELS, with_tile
 
-CHECKED_TOKENS = 1024
+CHECKED_TOKENS = 131072  # of all heads together
 FAR = 1.25  # of the best time; rounds of one tile lie closer to each other
 
 
@@ -175,6 +175,21 @@ def run_one(launch: Launch, problem: Problem, config: Config) -> None:
     executor.launch_one(launch, env, torch.device("meta"))
 
 
+def checked_case(p: Problem) -> Case:
+    """A case of as many heads, which decide on the launches, and fewer tokens."""
+    heads = p.B * p.H
+    T = min(p.T, max(256, CHECKED_TOKENS // heads))
+    return Case("tune", B=1, H=heads, T=T, K=p.K, V=p.V, dtype=p.dtype, precision=p.precision)
+
+
+def of_case(p: Problem, case: Case) -> Problem:
+    """The problem with a case's heads and tokens, its inputs contiguous."""
+    H, T = case.H, case.T
+    tails = {"q": p.K, "k": p.K, "v": p.V, "i": 1, "f": 1}
+    strides = tuple((name, (H * T * D, T * D, D)) for name, D in tails.items())
+    return dataclasses.replace(p, B=1, H=H, T=T, strides=strides)
+
+
 class Bench:
     """Times kernels of one problem on the GPU, and compares whole passes with float64."""
 
@@ -230,17 +245,12 @@ class Bench:
 
     @functools.cached_property
     def _small(self) -> tuple[Problem, dict[str, torch.Tensor], Arrays, dict[str, float]]:
-        """A short problem with the same head dims, its inputs, their results in float64 and the tolerances."""
-        p = self.problem
-        H = MANY_HEADS if p.B * p.H >= MANY_HEADS else min(4, p.H)
-        case = Case("tune", B=1, H=H, T=CHECKED_TOKENS, K=p.K, V=p.V, dtype=p.dtype, precision=p.precision)
+        """A shorter problem, its inputs, their results in float64 and the tolerances."""
+        case = checked_case(self.problem)
         arrays = make_inputs(case)
         exact = compare.truth(case, arrays, "cuda")
         inputs = {"dh" if name == "d_h" else name: compare.to_torch(x, "cuda") for name, x in arrays.items()}
-        tails = {"q": p.K, "k": p.K, "v": p.V, "i": 1, "f": 1}
-        strides = tuple((name, (H * case.T * D, case.T * D, D)) for name, D in tails.items())
-        problem = dataclasses.replace(p, B=1, H=H, T=case.T, strides=strides)
-        return problem, inputs, exact, compare.tolerances(case, arrays, exact, "cuda")
+        return of_case(self.problem, case), inputs, exact, compare.tolerances(case, arrays, exact, "cuda")
 
     def _results(self, problem: Problem, config: Config, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         env = dict(inputs)
