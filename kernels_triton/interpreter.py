@@ -64,7 +64,8 @@ _one_at_a_time = threading.Lock()  # the interpreter swaps parts of triton.langu
 def _swapped_once() -> Iterator[None]:
     """Swaps those parts for all launches at once.
 
-    The interpreter does so before each launch and each call of a device function, for a quarter to two fifths of its time.
+    The interpreter does so before each launch and each call of a device function, which takes a quarter to two fifths
+    of its time.
     """
     import triton.language as tl
     from triton.runtime import interpreter as implementation
