@@ -79,8 +79,8 @@ def table(arch: str) -> tuple[Mapping[str, Any], ...]:
     """The entries for an architecture, the first that suits a problem counts.
 
     An entry: dtypes; perhaps precisions, by default all; K and V, the largest head dims; heads, the fewest and the most
-    of them; measured, on what, or null: the compile check's choice; and a Config for chunks of L tokens, its tiles as
-    lists in Tile's order.
+    of them; measured, on what tiles were last searched, or null: the compile check's choice; and a Config for chunks of
+    L tokens, its tiles as lists in Tile's order.
     """
     name = TABLES.get(arch, FALLBACK)
     return tuple(json.loads((resources.files(__package__) / "configs" / f"{name}.json").read_text())["entries"])

@@ -15,7 +15,7 @@ from kernels_triton import config as tables
 from kernels_triton import plan
 from kernels_triton.config import Config, Tile
 from kernels_triton.launch import Launch
-from kernels_triton.problem import Problem
+from kernels_triton.problem import Problem, contiguous_strides
 from kernels_triton.validation import ArrayInfo, check_call
 
 from . import compare, sass
@@ -23,8 +23,8 @@ from .bench_cases import DTYPES, Dtype, Shape
 from .cases import Arrays, Case, make_inputs
 from .tune_candidates import KERNELS, with_tile
 
-CHECKED_TOKENS = 131072  # of all heads together
-FAR = 1.25  # of the best time; rounds of one tile lie closer to each other
+CHECKED_TOKENS = (1024, 131072)  # at least of each head; of all together: few heads take segments
+FAR = 1.25  # of the best time: what one round leaves behind that is not timed again
 
 
 def dtype_named(name: str) -> Dtype:
@@ -178,16 +178,16 @@ def run_one(launch: Launch, problem: Problem, config: Config) -> None:
 def checked_case(p: Problem) -> Case:
     """A case of as many heads, which decide on the launches, and fewer tokens."""
     heads = p.B * p.H
-    T = min(p.T, max(256, CHECKED_TOKENS // heads))
+    of_each, together = CHECKED_TOKENS
+    T = min(p.T, max(of_each, together // heads))
     return Case("tune", B=1, H=heads, T=T, K=p.K, V=p.V, dtype=p.dtype, precision=p.precision)
 
 
 def of_case(p: Problem, case: Case) -> Problem:
     """The problem with a case's heads and tokens, its inputs contiguous."""
-    H, T = case.H, case.T
     tails = {"q": p.K, "k": p.K, "v": p.V, "i": 1, "f": 1}
-    strides = tuple((name, (H * T * D, T * D, D)) for name, D in tails.items())
-    return dataclasses.replace(p, B=1, H=H, T=T, strides=strides)
+    strides = tuple((name, contiguous_strides(case.H, case.T, D, p.layout)) for name, D in tails.items())
+    return dataclasses.replace(p, B=1, H=case.H, T=case.T, strides=strides)
 
 
 class Bench:
