@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import importlib.metadata
 import io
 import json
 import os
@@ -16,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tools import bench, bench_cases, bench_floors, bench_measure, bench_plot, bench_report
+from tools import bench, bench_cases, bench_floors, bench_measure, bench_plot, bench_probe, bench_report
 from tools.bench_cases import IMPLEMENTATIONS, PASSES, SCALING, SHAPES, SWEEP
 from tools.bench_measure import derive
 from tools.bench_report import Report, Row
@@ -260,6 +261,31 @@ def test_where_torch_computes_gradients(engine_thread, monkeypatch):
         torch.autograd.set_multithreading_enabled(before)
         torch.set_num_threads(threads)
         gc.unfreeze()
+
+
+def test_a_peer_that_tunes_its_kernels_has_longer(monkeypatch):
+    def run(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(bench_probe.subprocess, "run", run)
+    sizes = (1, 4, 512, 64, 64)
+    reasons = [bench_probe.probe((x.name, sizes, "bfloat16")) for x in IMPLEMENTATIONS if x.kind in bench_probe.KINDS]
+    assert set(reasons) == {"no result within 150 s", "no result within 900 s"}
+    assert reasons.count("no result within 900 s") == 1
+    assert bench_probe.probe(("fla simple_gla", sizes, "bfloat16")) == "no result within 900 s"
+
+
+def test_a_package_by_either_of_its_names(monkeypatch):
+    """fla comes whole, or as its core alone."""
+
+    def version(name):
+        if name != "fla-core":
+            raise importlib.metadata.PackageNotFoundError
+        return "0.6.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    facts = bench_report.facts("cpu", "a machine", "today")
+    assert facts["fla"] == "0.6.0" and facts["mlstm-kernels"] == "none"
 
 
 def test_bad_arguments(tmp_path):

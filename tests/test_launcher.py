@@ -113,6 +113,24 @@ def test_a_forward_pass_alone_goes_through_descriptors_from_fewer_elements_on(tm
     assert json.loads(run.stdout.splitlines()[-1]) == expected
 
 
+KEYS = """
+import os, sys
+os.environ.pop("TRITON_INTERPRET", None)
+from kernels_triton import kernels
+order = {"first": sorted, "last": reversed}[sys.argv[1]]
+print(sorted({name: getattr(kernels, name).cache_key for name in order(kernels.__all__)}.items()))
+"""
+
+
+def test_a_kernel_has_one_key_in_the_cache_on_disk():
+    """Whichever kernels a process launched before it, so that none compiles what another one has compiled."""
+    root = pathlib.Path(__file__).parents[1]
+    commands = ([sys.executable, "-c", KEYS, order] for order in ("first", "last"))
+    found = [subprocess.run(x, capture_output=True, text=True, cwd=root, check=True).stdout for x in commands]
+    assert "state_scan" in found[0]
+    assert found[0] == found[1]
+
+
 def test_host_time():
     """The tool that measures it, for few calls: launches are those of the plans."""
     command = [sys.executable, "-m", "tools.host_time", "--calls", "2"]

@@ -22,8 +22,9 @@ C64 = next(x for x in SHAPES if x.name == "C64")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda x: x.name)
 @pytest.mark.parametrize("field", BLOCKS)
 def test_candidates_are_valid_and_the_present_tile_is_first(shape, field):
-    config = configure(tune_measure.make_problem(shape, "bfloat16", "sm_90"))
-    tiles = list(candidates(field, config, shape.K, shape.V))
+    problem = tune_measure.make_problem(shape, "bfloat16", "sm_90")
+    config = configure(problem)
+    tiles = list(candidates(field, config, problem))
     if getattr(config, field) is None:
         assert not tiles
         return
@@ -41,10 +42,23 @@ def test_every_candidate_makes_other_launches(shape, dtype):
     for field in BLOCKS:
         config = tune_measure.config_of(problem, field)
         seen = []
-        for tile in candidates(field, config, shape.K, shape.V, problem.descriptors):
+        for tile in candidates(field, config, problem):
             launches = tune_measure.launches_of(field, problem, with_tile(config, field, tile))
             assert launches and launches not in seen, (field, tile)
             seen.append(launches)
+
+
+def test_smaller_tiles_where_registers_multiply():
+    """Float32 in "ieee" has no matrix units: a tile's rows fill registers, so that the largest tiles are not tried."""
+
+    def largest(dtype: str) -> dict[str, int]:
+        problem = tune_measure.make_problem(A, dtype, "sm_90")
+        config = configure(problem)
+        tiles = {field: [*candidates(field, config, problem)][1:] for field in ("forward", "backward")}
+        return {field: max(x.BT * x.BV for x in found) for field, found in tiles.items()}
+
+    assert largest("float32-tf32") == {"forward": 64 * 64, "backward": 64 * 64}
+    assert largest("float32-ieee") == {"forward": 32 * 64, "backward": 32 * 32}
 
 
 def test_an_unknown_kernel_is_refused():
@@ -86,17 +100,17 @@ WIDE = 300_000  # bytes of shared memory that no architecture has
 
 
 def test_without_a_clock_no_tile_may_spill():
-    found = tune.pruned([TILE] * 3, [(8, 0, ""), (0, 0, ""), (0, WIDE, "")], "sm_90", timed=False)
+    found = tune.pruned([TILE] * 3, [(8, 0, ""), (0, 0, ""), (0, WIDE, "")], "sm_90", few=0)
     assert [x.problem for x in found] == ["spills", "", "shared memory > 232448"]
 
 
 def test_few_spills_are_left_to_the_clock_and_the_present_tile_stays():
-    found = tune.pruned([TILE] * 4, [(900, 0, ""), (8, 0, ""), (900, 0, ""), (900, 0, "broken")], "sm_90", timed=True)
+    found = tune.pruned([TILE] * 4, [(900, 0, ""), (8, 0, ""), (900, 0, ""), (900, 0, "broken")], "sm_90", few=128)
     assert [x.problem for x in found] == ["", "", "spills", "broken"]
 
 
 def test_where_all_spill_the_clock_decides():
-    found = tune.pruned([TILE] * 3, [(900, WIDE, ""), (900, 0, ""), (900, WIDE, "")], "sm_90", timed=True)
+    found = tune.pruned([TILE] * 3, [(900, WIDE, ""), (900, 0, ""), (900, WIDE, "")], "sm_90", few=128)
     assert [x.problem for x in found] == ["shared memory > 232448", "", "shared memory > 232448"]
 
 

@@ -20,6 +20,7 @@ from .bench_cases import DTYPES, IMPLEMENTATIONS, Implementation, Job, Shape
 OURS = "ours_torch"
 KINDS = (OURS, "mlstm_kernels", "fla")  # those that compile with Triton, outside of XLA
 SECONDS = 150
+SECONDS_OF = {"fla": 900}  # by kind: it tries some 150 configurations of its kernels, one after another
 TOKENS = 1024
 Key = tuple[str, tuple[int, int, int, int, int], str]
 
@@ -35,10 +36,12 @@ def probe(item: Key) -> str:
     """Why the process of a job died, or nothing. An exception is no reason: the measurement itself will meet it."""
     name, sizes, dtype = item
     command = [sys.executable, "-m", "tools.bench_probe", name, *map(str, sizes), dtype]
+    kind = next(x.kind for x in IMPLEMENTATIONS if x.name == name)
+    limit = SECONDS_OF.get(kind, SECONDS)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
-        return f"no result within {SECONDS} s"
+        return f"no result within {limit} s"
     if done.returncode >= 0:
         return ""
     return f"signal {-done.returncode}: {' '.join(done.stderr.split())[-200:]}"

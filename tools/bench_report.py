@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -18,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-PACKAGES = {
-    "torch": "torch",
-    "triton": "triton",
-    "jax": "jax",
-    "jax-triton": "jax-triton",
-    "mlstm-kernels": "mlstm_kernels",
-    "fla": "flash-linear-attention",
+PACKAGES = {  # by name, the distributions that hold it
+    "torch": ("torch",),
+    "triton": ("triton",),
+    "jax": ("jax",),
+    "jax-triton": ("jax-triton",),
+    "mlstm-kernels": ("mlstm_kernels",),
+    "fla": ("flash-linear-attention", "fla-core"),
 }
 ABSENT = ("not installed", "not available")
 BASELINE = "ours torch"
@@ -97,11 +98,12 @@ def _output(*command: str) -> str:
 def facts(device: str, device_name: str, date: str) -> dict[str, str]:
     """What decides the numbers: machine, versions, commit."""
     found = {"device": device_name, "date": date, "python": platform.python_version()}
-    for name, distribution in PACKAGES.items():
-        try:
-            found[name] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
+    for name, distributions in PACKAGES.items():
+        found[name] = "none"
+        for distribution in distributions:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[name] = importlib.metadata.version(distribution)
+                break
     if device == "cuda":
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         found["driver"] = driver.splitlines()[0] if driver else "unknown"

@@ -29,11 +29,12 @@ from kernels_triton.config import Tile
 
 from . import tune_measure
 from .bench_cases import SHAPES, Shape, matching
-from .tune_candidates import BLOCKS, candidates
+from .tune_candidates import BLOCKS, candidates, has_matrix_units
 
 ROUNDS = 5
 KERNELS_HELP = f"Glob patterns of {', '.join(BLOCKS)}; by default all."
-FEW_SPILLS = 128  # bytes: some of the fastest bfloat16 tiles spill up to 84, so that the clock decides
+# Bytes of spills that are left to the clock: the fastest bfloat16 tiles spill up to 84, of float32 in "ieee" 756.
+FEW_SPILLS = {"matrix units": 128, "registers": 2048}
 SLACK = 1.01  # times closer than this count as equal: the tile that stands first stays
 Times = dict[int, float]  # by a tile's number
 Wrong = dict[int, str]
@@ -96,18 +97,18 @@ def on_gpu(shape: Shape, dtype: str, field: str, arch: str, tiles: dict[int, Til
     return {}, wrong
 
 
-def pruned(tiles: list[Tile], compiled: list[tuple[int, int, str]], arch: str, timed: bool) -> list[Found]:
+def pruned(tiles: list[Tile], compiled: list[tuple[int, int, str]], arch: str, few: int) -> list[Found]:
     """The candidates, the present one first, and which of them the compiler's words rule out.
 
-    timed: a clock decides later. The present tile has to be beaten then, whatever it spills, and where all others spill
-    much they stay too.
+    few: bytes of spills on which a clock decides later; 0 without one. With a clock the present tile has to be beaten,
+    whatever it spills, and where all others spill much they stay too.
     """
     found = []
     for tile, (spills, shared, error) in zip(tiles, compiled, strict=True):
-        spilled = "spills" if spills > (FEW_SPILLS if timed else 0) else ""
+        spilled = "spills" if spills > few else ""
         reason = error or tune_measure.too_large(shared, arch) or spilled
         found.append(Found(dataclasses.astuple(tile), spills, shared, reason))
-    if not timed:
+    if not few:
         return found
     forgiven = [dataclasses.replace(x, problem="" if x.problem == "spills" else x.problem) for x in found]
     return forgiven if all(x.problem for x in found[1:]) else [forgiven[0], *found[1:]]
@@ -117,11 +118,12 @@ def search(shape: Shape, dtype: str, field: str, arch: str, workers: int, only_c
     """All candidates of one kernel, the fastest good one first."""
     problem = tune_measure.make_problem(shape, dtype, arch)
     config = tune_measure.config_of(problem, field)
-    tiles = list(candidates(field, config, shape.K, shape.V, problem.descriptors))
+    tiles = list(candidates(field, config, problem))
     if not tiles:
         return []
     compiled = compile_all([(shape, dtype, field, arch, dataclasses.astuple(tile)) for tile in tiles], workers)
-    found = pruned(tiles, compiled, arch, timed=not only_compile)
+    few = FEW_SPILLS["matrix units" if has_matrix_units(problem) else "registers"]
+    found = pruned(tiles, compiled, arch, 0 if only_compile else few)
     if only_compile:
         return sorted(found, key=lambda x: bool(x.problem))
     alive = {n: tiles[n] for n, x in enumerate(found) if not x.problem}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kernels_triton.config import FUSED, TILES, Config, Tile, next_power_of_2
+from kernels_triton.problem import Problem
 
 # Per kernel: BT, BK, BV, num_warps, num_stages. A scan takes whole chunks or parts; BS is BT where it counts at all.
 BLOCKS: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -16,8 +17,16 @@ BLOCKS: dict[str, tuple[tuple[int, ...], ...]] = {
     "forward": ((32, 64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)),
     "backward": ((32, 64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)),
     "normaliser": ((16, 32, 64), (16,), (64, 128, 256), (2, 4), (2,)),
-    "fused": ((64,), (64, 128), (64,), (4, 8), (1, 2, 3)),
+    "fused": ((64,), (64, 128, 256), (64,), (4, 8), (1, 2, 3)),
     "dfused": ((64,), (64,), (64,), (4, 8), (1, 2, 3)),
+}
+# Where registers multiply, as for float32 in "ieee": each holds its rows of a whole tile, so that tiles are smaller.
+WITHOUT_MATRIX_UNITS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "state": ((32, 64), (32, 64, 128), (32, 64, 128), (4, 8), (2,)),
+    "dstate": ((32, 64), (32, 64, 128), (32, 64, 128), (4, 8), (2,)),
+    "forward": ((32, 64), (32, 64, 128), (16, 32, 64), (4, 8), (2,)),
+    "backward": ((32, 64), (32, 64, 128), (16, 32), (4, 8), (2,)),
+    "normaliser": BLOCKS["normaliser"],
 }
 # The kernel that a field of Config shapes; scans run twice, forward and backward.
 KERNELS = {
@@ -45,18 +54,25 @@ def valid(field: str, tile: Tile, config: Config, K: int, V: int) -> bool:
     return field not in FUSED or tile.BK >= K
 
 
-def candidates(field: str, config: Config, K: int, V: int, descriptors: bool = False) -> Iterator[Tile]:
-    """The valid tiles of one kernel, the present one first. descriptors: with and without them."""
+def has_matrix_units(problem: Problem) -> bool:
+    """Whether they compute the problem's products."""
+    return (problem.dtype, problem.precision) != ("float32", "ieee")
+
+
+def candidates(field: str, config: Config, problem: Problem) -> Iterator[Tile]:
+    """The valid tiles of one kernel, the present one first; with and without descriptors where the problem has them."""
     present: Tile | None = getattr(config, field)
     if present is None:
         return
     yield present
-    sources = (1, 0) if descriptors and field != "normaliser" else (1,)
-    spans = (1, 2) if field == "backward" else (1,)
-    for BT, BK, BV, num_warps, num_stages, source, span in itertools.product(*BLOCKS[field], sources, spans):
+    matrix_units = has_matrix_units(problem)
+    blocks = (BLOCKS if matrix_units else WITHOUT_MATRIX_UNITS)[field]
+    sources = (1, 0) if problem.descriptors and field != "normaliser" else (1,)
+    spans = (1, 2) if field == "backward" and matrix_units else (1,)
+    for BT, BK, BV, num_warps, num_stages, source, span in itertools.product(*blocks, sources, spans):
         BS = BT if field in ("forward", "backward", *FUSED) else present.BS
         tile = Tile(BT, BS, BK, BV, num_warps, num_stages, source, span)
-        if tile != present and valid(field, tile, config, K, V):
+        if tile != present and valid(field, tile, config, problem.K, problem.V):
             yield tile
 
 

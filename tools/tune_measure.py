@@ -176,18 +176,17 @@ def run_one(launch: Launch, problem: Problem, config: Config) -> None:
 
 
 def checked_case(p: Problem) -> Case:
-    """A case of as many heads, which decide on the launches, and fewer tokens."""
-    heads = p.B * p.H
+    """A case of as many heads, which decide on the launches and are compiled in, and fewer tokens."""
     of_each, together = CHECKED_TOKENS
-    T = min(p.T, max(of_each, together // heads))
-    return Case("tune", B=1, H=heads, T=T, K=p.K, V=p.V, dtype=p.dtype, precision=p.precision)
+    T = min(p.T, max(of_each, together // (p.B * p.H)))
+    return Case("tune", B=p.B, H=p.H, T=T, K=p.K, V=p.V, dtype=p.dtype, precision=p.precision)
 
 
 def of_case(p: Problem, case: Case) -> Problem:
-    """The problem with a case's heads and tokens, its inputs contiguous."""
+    """The problem with a case's tokens, its inputs contiguous."""
     tails = {"q": p.K, "k": p.K, "v": p.V, "i": 1, "f": 1}
     strides = tuple((name, contiguous_strides(case.H, case.T, D, p.layout)) for name, D in tails.items())
-    return dataclasses.replace(p, B=1, H=case.H, T=case.T, strides=strides)
+    return dataclasses.replace(p, T=case.T, strides=strides)
 
 
 class Bench:

@@ -1,5 +1,9 @@
 """The Triton kernels. Device code only: no torch, no jax, no host logic."""
 
+import sys
+
+from triton import JITFunction
+
 from .chunk_backward import chunk_backward
 from .chunk_forward import chunk_forward
 from .fused import fused_forward
@@ -25,3 +29,17 @@ __all__ = [
     "recurrent",
     "state_scan",
 ]
+
+
+def _settle_keys() -> None:
+    """Have the keys of all kernels in Triton's cache on disk found now, in one order.
+
+    Before Triton 3.9 a key depends on which of the functions that a kernel calls had theirs before: processes that
+    launch kernels in another order would compile anew what the cache holds. Takes 40 ms.
+    """
+    modules = (x for name, x in sorted(sys.modules.items()) if name.startswith(__name__ + "."))
+    for function in (x for module in modules for x in vars(module).values() if isinstance(x, JITFunction)):
+        _ = function.cache_key
+
+
+_settle_keys()
