@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from importlib import resources
 from typing import Any
 
-from .problem import LONGEST_CHUNK, PRECISIONS, Problem
+from .problem import LONGEST_CHUNK, MAX_CHUNK, PRECISIONS, Problem
 
 # Shared memory of one program, bytes, by architecture: what a configuration must fit.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
@@ -79,17 +79,20 @@ def table(arch: str) -> tuple[Mapping[str, Any], ...]:
     """The entries for an architecture, the first that suits a problem counts.
 
     An entry: dtypes; perhaps precisions, by default all; K and V, the largest head dims; heads, the fewest and the most
-    of them; measured, on what tiles were last searched, or null: the compile check's choice; and a Config for chunks of
-    L tokens, its tiles as lists in Tile's order.
+    of them; perhaps longest, the largest chunk_size that a call may ask for; measured, on what tiles were last
+    searched, or null: the compile check's choice; and a Config for chunks of L tokens, its tiles as lists in Tile's
+    order.
     """
     name = TABLES.get(arch, FALLBACK)
     return tuple(json.loads((resources.files(__package__) / "configs" / f"{name}.json").read_text())["entries"])
 
 
-def _suits(entry: Mapping[str, Any], problem: Problem) -> bool:
+def serves(entry: Mapping[str, Any], problem: Problem) -> bool:
+    """Whether an entry of a table is for such a problem."""
     fewest, most = entry["heads"]
     fits = problem.K <= entry["K"] and problem.V <= entry["V"]
     fits = fits and problem.precision in entry.get("precisions", PRECISIONS)
+    fits = fits and (problem.chunk_size or 0) <= entry.get("longest", MAX_CHUNK)
     return problem.dtype in entry["dtypes"] and fits and fewest <= problem.B * problem.H <= (most or 2**31)
 
 
@@ -111,7 +114,7 @@ def configure(problem: Problem) -> Config:
 
     Validity: blocks are powers of two of at least 16; BT and BS divide L; a chunk has at most eight tiles of BT tokens.
     """
-    entry = next(x for x in table(problem.arch) if _suits(x, problem))
+    entry = next(x for x in table(problem.arch) if serves(x, problem))
     L: int = problem.chunk_size or entry["L"]
 
     def block(size: int, most: int) -> int:

@@ -128,6 +128,17 @@ def test_fused_kernels_where_they_fill_the_gpu():
     assert taken == {64: [128, 144, 192, 256], 256: [16, 64, 128, 192, 256]}
 
 
+def test_an_entry_for_short_chunks_alone():
+    """Float32's short chunks have large tiles, which a call that asks for longer ones does not get."""
+
+    def found(chunk_size: int | None) -> tuple[int, int]:
+        p = problem(K=128, V=128, dtype="float32", chunk_size=chunk_size)
+        config = configure(dataclasses.replace(p, arch="sm_90"))
+        return config.L, config.backward.BK
+
+    assert [found(x) for x in (None, 16, 32, 64, 128)] == [(32, 128), (16, 128), (32, 128), (64, 64), (128, 64)]
+
+
 def test_segments_of_few_heads():
     """As many as keep the GPU busy, up to a bound; many programs only in few segments, and short sequences are whole."""
     cases = {(1, 128, 256): 32, (2, 256, 512): 9, (8, 128, 128): 17, (16, 128, 256): 9, (128, 128, 256): 1}

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from kernels_triton.config import Tile
+from kernels_triton.config import Tile, serves
 
 from . import tune_measure
 from .bench_cases import SHAPES, Shape, matching
@@ -140,17 +140,8 @@ def search(shape: Shape, dtype: str, field: str, arch: str, workers: int, only_c
 def write(path: Path, shape: Shape, name: str, chosen: dict[str, tuple[int, ...]], machine: str) -> None:
     """Put the tiles into the entry that serves the shape."""
     data = json.loads(path.read_text())
-    heads = shape.B * shape.H
-    dtype = tune_measure.dtype_named(name)
-    entry = next(
-        x
-        for x in data["entries"]
-        if dtype.dtype in x["dtypes"]
-        and dtype.precision in x.get("precisions", [dtype.precision])
-        and shape.K <= x["K"]
-        and shape.V <= x["V"]
-        and x["heads"][0] <= heads <= (x["heads"][1] or heads)
-    )
+    problem = tune_measure.make_problem(shape, name, path.stem)
+    entry = next(x for x in data["entries"] if serves(x, problem))
     entry.update({field: list(tile) for field, tile in chosen.items()}, measured=machine)
     rows = ",\n".join("    " + json.dumps(x) for x in data.pop("entries"))
     head = "".join(f"  {json.dumps(name)}: {json.dumps(value)},\n" for name, value in data.items())
