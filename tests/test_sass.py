@@ -16,6 +16,8 @@ WRONG = (
 HALVES = WRONG.replace("UR16", "UR7")
 RIGHT = "        /*6850*/                   UIADD3 UR4, UP0, UR12, 0x20, URZ ;    /* 0x000000200c04 */\n"
 COPY = "        /*0050*/                   UMOV UR8, UR16 ;    /* 0x0000001000087c82 */\n"
+SEVEN = "        /*6840*/                   UMOV UR7, UR12 ;    /* 0x0000000c00077c82 */\n"
+UNWRITTEN = "        /*0d20*/                   UIADD3.X UR37, UR37, -0x7fffffe0, URZ, UP0, !UPT ;    /* 0x80000 */\n"
 REUSE = "        /*6740*/                   USHF.R.U32.HI UR16, URZ, 0x4, UR4 ;    /* 0x000000043f107899 */\n"
 
 
@@ -33,8 +35,8 @@ def test_through_a_copy():
 
 
 def test_both_halves_from_one_register():
-    assert len(wrong_addresses(LOAD + USE + BASE + HALVES)) == 1
-    assert wrong_addresses(LOAD + HALVES.replace("UIADD3.X UR5, UR7", "UIADD3.X UR5, URZ")) == []
+    assert len(wrong_addresses(LOAD + USE + BASE + SEVEN + HALVES)) == 1
+    assert wrong_addresses(LOAD + BASE + SEVEN + HALVES.replace("UIADD3.X UR5, UR7", "UIADD3.X UR5, URZ")) == []
 
 
 def test_sound_code_is_not_reported():
@@ -47,6 +49,23 @@ def test_a_register_that_holds_something_else_by_then():
 
 def test_a_wide_product_fills_two_registers():
     wide = "        /*6c40*/                   UIMAD.WIDE.U32 UR16, UR12, 0xc8, UR4 ;    /* 0x000000c80c06 */\n"
-    upper = "        /*6c80*/                   UIADD3 UR8, UR17, UR8, URZ ;    /* 0x000000080708 */\n"
-    assert wrong_addresses(LOAD + upper)
-    assert wrong_addresses(LOAD + wide + upper) == []
+    upper = "        /*6c80*/                   UIADD3 UR8, UR17, UR12, URZ ;    /* 0x0000000c1108 */\n"
+    assert wrong_addresses(LOAD + BASE + upper)
+    assert wrong_addresses(LOAD + BASE + wide + upper) == []
+
+
+def test_a_register_that_nothing_has_written():
+    assert wrong_addresses(LOAD + UNWRITTEN) == ["UIADD3.X UR37, UR37, -0x7fffffe0, URZ, UP0, !UPT "]
+    assert wrong_addresses(LOAD + UNWRITTEN.replace("UIADD3.X UR37, UR37", "UIADD3.X UR37, URZ")) == []
+
+
+def test_what_is_known_where_a_branch_leads():
+    """Not what the code before it in the listing has done since; unless that goes on there."""
+    branch = "        /*0020*/               @P0 BRA 0x7000 ;    /* 0x0000 */\n"
+    end = "        /*6ff0*/                   EXIT ;    /* 0x000000000000794d */\n"
+    copy = "        /*6c80*/                   UIADD3 UR8, UR12, 0x2, URZ ;    /* 0x00000002 */\n"
+    there = copy.replace("6c80", "7000")
+    assert wrong_addresses(branch + BASE + copy + there) == []
+    assert wrong_addresses(branch + BASE + copy + end + there)
+    assert wrong_addresses(BASE + branch + LOAD.replace("UR16", "UR12") + end + there) == []
+    assert wrong_addresses(BASE + branch + LOAD.replace("UR16", "UR12") + there)

@@ -1,8 +1,9 @@
 """Looks in compiled Hopper code for a defect of the assembler: a matrix product that reads from a wrong address.
 
 ptxas 12.8, which Triton ships up to 3.7.1, sometimes computes a shared-memory descriptor of wgmma from the wrong
-uniform register. The product then reads garbage, without an error. 12.9 and 13.0 compile the same PTX well. Two signs
-betray it: both halves of the 64-bit descriptor come from one register, or from the descriptor of global memory.
+uniform register. The product then reads garbage, mostly without an error. 12.9 and 13.0 compile the same PTX well.
+Three signs betray it: both halves of the 64-bit descriptor come from one register, or from the descriptor of global
+memory, or one from a register that nothing has written.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)\s*(.*?);")
+INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\d+\s+)?([A-Z0-9_.]+)\s*(.*?);")
 GLOBAL_DESCRIPTOR = "c[0x0][0x208]"
 
 
@@ -30,25 +31,42 @@ def disassemble(cubin: bytes) -> str:
 
 
 def wrong_addresses(sass: str) -> list[str]:
-    """The instructions that compute a descriptor from a wrong register. Follows registers in the code's order."""
+    """The instructions that compute a descriptor from a wrong register.
+
+    Follows registers in the code's order, and to where a branch leads if that is reached in no other way.
+    """
     holders: set[int] = set()  # uniform registers that hold the descriptor of global memory
+    written: set[int] = set()
     lower: dict[str, int] = {}  # by carry predicate: the source of the lower half that set it
+    branches: dict[int, tuple[set[int], set[int]]] = {}  # by address: what is known where a branch leads there
+    ended = False  # nothing goes on to the next instruction
     found = []
     for line in sass.splitlines():
         match = INSTRUCTION.match(line)
         if not match:
             continue
-        operation, operands = match.groups()
+        address, predicate, operation, operands = match.groups()
+        if ended and int(address, 16) in branches:
+            holders, written = branches[int(address, 16)]
+            lower = {}
+        ended = operation in ("EXIT", "BRA") and not predicate
+        if operation == "BRA":
+            branches.setdefault(int(operands.split()[-1], 16), (set(holders), set(written)))
         registers = [int(x) for x in re.findall(r"\bUR(\d+)\b", operands)]
-        if not operation.startswith(("U", "R2UR", "S2UR")) or not registers:
+        if not registers:
             continue
         target, *sources = registers
+        targets = {target, target + 1} if ".64" in operation or ".WIDE" in operation else {target}
+        missing = operation.startswith("UIADD3") and not written.issuperset(sources)
+        if operands.startswith("UR"):
+            written |= targets
+        if not operation.startswith(("U", "R2UR", "S2UR")):
+            continue
         carries = re.findall(r"\bUP\d\b", operands)
         halves = operation == "UIADD3.X" and any(lower.pop(x, None) in sources for x in carries)
         reads = operation.startswith("U") and any(x in holders for x in sources)
-        if halves or (reads and not operation.startswith("UMOV")):
+        if missing or halves or (reads and not operation.startswith("UMOV")):
             found.append(f"{operation} {operands}")
-        targets = {target, target + 1} if ".64" in operation or ".WIDE" in operation else {target}
         lower = {carry: source for carry, source in lower.items() if source not in targets}
         if operation == "UIADD3" and carries and sources and sources[0] not in targets:
             lower[carries[0]] = sources[0]
