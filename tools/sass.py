@@ -33,7 +33,7 @@ def disassemble(cubin: bytes) -> str:
 def wrong_addresses(sass: str) -> list[str]:
     """The instructions that compute a descriptor from a wrong register.
 
-    Follows registers in the code's order, and to where a branch leads if that is reached in no other way.
+    Follows registers in the code's order; where nothing runs on to an instruction, from the first branch to it.
     """
     holders: set[int] = set()  # uniform registers that hold the descriptor of global memory
     written: set[int] = set()

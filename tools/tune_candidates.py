@@ -17,7 +17,7 @@ BLOCKS: dict[str, tuple[tuple[int, ...], ...]] = {
     "forward": ((32, 64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)),
     "backward": ((32, 64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)),
     "normaliser": ((16, 32, 64), (16,), (64, 128, 256), (2, 4), (2,)),
-    "fused": ((64,), (64, 128, 256), (64,), (4, 8), (1, 2, 3)),
+    "fused": ((64,), (64, 128), (64,), (4, 8), (1, 2, 3)),
     "dfused": ((64,), (64,), (64,), (4, 8), (1, 2, 3)),
 }
 # Where registers multiply, as for float32 in "ieee": each holds its rows of a whole tile, so that tiles are smaller.
