@@ -127,8 +127,10 @@ def configure(problem: Problem) -> Config:
         span = rest[1] if len(rest) > 1 else 1
         if name in ("forward", "backward") and L > entry["L"]:  # a program holds a row of scores as long as the chunk
             least = min(64, L // 4)
-            BT, BS, num_warps = max(BT, least), max(BS, least), max(num_warps, L // 64)
-            num_stages, span = 1 if L > LONGEST_CHUNK else num_stages, 1
+            BT, BS, num_warps, span = max(BT, least), max(BS, least), max(num_warps, L // 64), 1
+        if name in ("forward", "backward") and L > LONGEST_CHUNK:  # the stage functions alone: it fits, it is not fast
+            # 64 values: two groups of warps that share a product of 32 have ended with an illegal memory access.
+            BK, BV, num_stages = min(BK, 64), max(BV, MIN_BLOCK[problem.dtype]), 1
         return Tile(
             BT=min(BT, L),
             BS=min(BS, L),

@@ -104,6 +104,18 @@ def test_every_configuration_is_valid():
                 assert field.name not in ("forward", "backward") or config.L // tile.BT <= 8
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_no_two_groups_of_warps_share_a_product_of_32_values(dtype):
+    """On Hopper such kernels have ended with an illegal memory access; the stage functions' chunks of 512 take eight."""
+    warps = set()
+    for K, V, L in itertools.product((64, 128, 256, 512), (64, 128, 256, 512), (None, 64, 128, 256, 512)):
+        config = configure(dataclasses.replace(problem(K=K, V=V, dtype=dtype), chunk_size=L, arch="sm_90"))
+        for tile in (config.forward, config.backward):
+            assert tile.num_warps <= 4 or tile.BV >= 64, (K, V, L, tile)
+            warps.add(tile.num_warps)
+    assert warps == {4, 8}
+
+
 @pytest.mark.parametrize("arch", [*TABLES, "gfx942", "sm_86", "unheard of"])
 def test_every_architecture_has_a_table(arch):
     for K, V, heads in itertools.product((1, 64, 65, 512), (1, 64, 512), (1, 40, 400)):

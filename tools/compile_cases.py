@@ -24,6 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "many heads": {"B": 32},  # the fused kernels, where the table has any
     "some heads": {"B": 24},  # too many for segments, too few for the fused forward kernel
     "long": {"T": LONG},  # in segments
+    "chunks of 512": {},  # the stage functions' longest: the operator's are half as long at most
 }
 # Those that are compiled for some targets, head dims and dtypes only, since they differ from the rest in little.
 HOPPER = ("sm_90", "128x256", "bfloat16")
@@ -35,6 +36,7 @@ RARE = {
     "many heads": SOME,
     "some heads": (HOPPER, ("sm_90", "128x128", "bfloat16")),
     "long": (HOPPER, ("sm_90", "64x64", "bfloat16"), ("sm_90", "128x256", "float32")),
+    "chunks of 512": (("sm_90", "256x512", "bfloat16"),),  # the largest rows of scores, beside the widest keys
 }
 
 
@@ -63,11 +65,16 @@ def passes(
 ) -> Iterator[tuple[str, Any, dict[str, tuple[tuple[int, ...], str]]]]:
     """(variant, pass, its inputs' shapes and dtypes); a variant's two passes, the forward ones first."""
     from kernels_triton import plan
+    from kernels_triton.problem import MAX_CHUNK
 
     for variant, changes in VARIANTS.items():
         if variant in RARE and (arch, heads, dtype) not in RARE[variant]:
             continue
+        longest = variant == "chunks of 512"
+        if longest and chunk_size:
+            continue
         problem = make_problem(heads, dtype, changes | {"chunk_size": chunk_size})
+        problem = dataclasses.replace(problem, chunk_size=MAX_CHUNK) if longest else problem
         aligned = problem.K % 8 == 0 and problem.V % 8 == 0  # as descriptors ask for: 16 bytes
         problem = dataclasses.replace(problem, arch=arch, descriptors=descriptors and aligned)
         forward = plan.forward_pass(problem)
@@ -91,6 +98,6 @@ def passes(
             continue
         if variant != "detached":  # the forward pass does not depend on it
             yield "forward" if variant == "exact" else variant, forward, {name: known[name] for name in forward.inputs}
-        if variant != "recurrent":
+        if variant != "recurrent" and not longest:  # whose backward pass takes half a minute
             backward = plan.backward_pass(problem, None, True)
             yield variant, backward, {name: known[name] for name in backward.inputs}
