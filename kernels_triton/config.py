@@ -130,7 +130,7 @@ def configure(problem: Problem) -> Config:
             BT, BS, num_warps, span = max(BT, least), max(BS, least), max(num_warps, L // 64), 1
         if name in ("forward", "backward") and L > LONGEST_CHUNK:  # the stage functions alone: it fits, it is not fast
             # 64 values: two groups of warps that share a product of 32 have ended with an illegal memory access.
-            BK, BV, num_stages = min(BK, 64), max(BV, MIN_BLOCK[problem.dtype]), 1
+            BK, BV, num_stages = min(BK, 64), max(BV, 64) if problem.matrix_units else BV, 1
         return Tile(
             BT=min(BT, L),
             BS=min(BS, L),

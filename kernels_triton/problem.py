@@ -86,6 +86,11 @@ class Problem:
         """Whether gradients flow through a normaliser."""
         return self.normalize and self.normalizer_grad == "exact"
 
+    @property
+    def matrix_units(self) -> bool:
+        """Whether they compute the products; otherwise registers multiply."""
+        return (self.dtype, self.precision) != ("float32", "ieee")
+
     def descriptors_pay(self, recorded: bool) -> bool:
         """Whether they pay for being made; recorded: in a pass with gradients, or for one."""
         least = MIN_DESCRIPTORS if recorded else MIN_DESCRIPTORS_ALONE

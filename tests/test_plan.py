@@ -104,12 +104,13 @@ def test_every_configuration_is_valid():
                 assert field.name not in ("forward", "backward") or config.L // tile.BT <= 8
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_no_two_groups_of_warps_share_a_product_of_32_values(dtype):
+@pytest.mark.parametrize("dtype, precision", [("bfloat16", "ieee"), ("float16", "ieee"), ("float32", "tf32")])
+def test_no_two_groups_of_warps_share_a_product_of_32_values(dtype, precision):
     """On Hopper such kernels have ended with an illegal memory access; the stage functions' chunks of 512 take eight."""
     warps = set()
     for K, V, L in itertools.product((64, 128, 256, 512), (64, 128, 256, 512), (None, 64, 128, 256, 512)):
-        config = configure(dataclasses.replace(problem(K=K, V=V, dtype=dtype), chunk_size=L, arch="sm_90"))
+        p = problem(K=K, V=V, dtype=dtype, precision=precision)
+        config = configure(dataclasses.replace(p, chunk_size=L, arch="sm_90"))
         for tile in (config.forward, config.backward):
             assert tile.num_warps <= 4 or tile.BV >= 64, (K, V, L, tile)
             warps.add(tile.num_warps)

@@ -29,7 +29,7 @@ from kernels_triton.config import Tile, serves
 
 from . import tune_measure
 from .bench_cases import SHAPES, Shape, matching
-from .tune_candidates import BLOCKS, candidates, has_matrix_units
+from .tune_candidates import BLOCKS, candidates
 
 ROUNDS = 5
 KERNELS_HELP = f"Glob patterns of {', '.join(BLOCKS)}; by default all."
@@ -122,7 +122,7 @@ def search(shape: Shape, dtype: str, field: str, arch: str, workers: int, only_c
     if not tiles:
         return []
     compiled = compile_all([(shape, dtype, field, arch, dataclasses.astuple(tile)) for tile in tiles], workers)
-    few = FEW_SPILLS["matrix units" if has_matrix_units(problem) else "registers"]
+    few = FEW_SPILLS["matrix units" if problem.matrix_units else "registers"]
     found = pruned(tiles, compiled, arch, 0 if only_compile else few)
     if only_compile:
         return sorted(found, key=lambda x: bool(x.problem))

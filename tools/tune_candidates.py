@@ -54,18 +54,13 @@ def valid(field: str, tile: Tile, config: Config, K: int, V: int) -> bool:
     return field not in FUSED or tile.BK >= K
 
 
-def has_matrix_units(problem: Problem) -> bool:
-    """Whether they compute the problem's products."""
-    return (problem.dtype, problem.precision) != ("float32", "ieee")
-
-
 def candidates(field: str, config: Config, problem: Problem) -> Iterator[Tile]:
     """The valid tiles of one kernel, the present one first; with and without descriptors where the problem has them."""
     present: Tile | None = getattr(config, field)
     if present is None:
         return
     yield present
-    matrix_units = has_matrix_units(problem)
+    matrix_units = problem.matrix_units
     blocks = (BLOCKS if matrix_units else WITHOUT_MATRIX_UNITS)[field]
     sources = (1, 0) if problem.descriptors and field != "normaliser" else (1,)
     spans = (1, 2) if field == "backward" and matrix_units else (1,)
