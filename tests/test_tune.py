@@ -61,6 +61,14 @@ def test_smaller_tiles_where_registers_multiply():
     assert largest("float32-ieee") == {"forward": 32 * 64, "backward": 32 * 32}
 
 
+@pytest.mark.parametrize("arch, narrow", [("sm_90", False), ("sm_80", True)])
+def test_hopper_has_no_candidate_whose_groups_of_warps_share_32_values(arch, narrow):
+    problem = tune_measure.make_problem(A, "bfloat16", arch)
+    tiles = [*candidates("forward", configure(problem), problem)][1:]
+    assert any(x.num_warps == 8 for x in tiles)
+    assert any(x.num_warps == 8 and x.BV < 64 for x in tiles) == narrow
+
+
 def test_an_unknown_kernel_is_refused():
     config = configure(tune_measure.make_problem(A, "bfloat16", "sm_90"))
     with pytest.raises(ValueError, match="field: expected one of state, .*, got 'mix'"):

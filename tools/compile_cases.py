@@ -24,8 +24,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "many heads": {"B": 32},  # the fused kernels, where the table has any
     "some heads": {"B": 24},  # too many for segments, too few for the fused forward kernel
     "long": {"T": LONG},  # in segments
-    "chunks of 512": {},  # the stage functions' longest: the operator's are half as long at most
+    "chunks of 512": {"stage_chunk": 512},  # the stage functions' longest: the operator's are half as long at most
 }
+FORWARD_ALONE = ("recurrent", "chunks of 512")  # the backward pass of the latter compiles for half a minute
 # Those that are compiled for some targets, head dims and dtypes only, since they differ from the rest in little.
 HOPPER = ("sm_90", "128x256", "bfloat16")
 SOME = (HOPPER, *((target, "64x64", "bfloat16") for target in TARGETS))
@@ -41,13 +42,16 @@ RARE = {
 
 
 def make_problem(heads: str, dtype: str, changes: dict[str, Any]) -> Any:
-    """The problem of a call. changes: options of the operator, and B, T or packed in place of the usual sizes."""
+    """The problem of a call.
+
+    changes: options of the operator; B, T or packed in place of the usual sizes; stage_chunk, of a stage function.
+    """
     from kernels_triton.validation import ArrayInfo, check_call
 
     K, V = map(int, heads.split("x"))
     options = {**DEFAULTS, "backend": "auto"} | changes
     del options["return_last_states"]  # no matter of the kernels
-    packed = options.pop("packed", False)
+    packed, stage_chunk = options.pop("packed", False), options.pop("stage_chunk", None)
     batch, length = options.pop("B", B), options.pop("T", T)
     tokens = (1, LONG, H) if packed else (batch, H, length)
     states = (SEQUENCES if packed else batch, H)
@@ -57,7 +61,8 @@ def make_problem(heads: str, dtype: str, changes: dict[str, Any]) -> Any:
     arrays |= {name: ArrayInfo(shape, "float32", "") for name, shape in shapes.items()}
     if packed:
         arrays["cu_seqlens"] = ArrayInfo((SEQUENCES + 1,), "int32", "")
-    return check_call(arrays, **options)
+    problem = check_call(arrays, **options)
+    return dataclasses.replace(problem, chunk_size=stage_chunk or problem.chunk_size)
 
 
 def passes(
@@ -65,16 +70,11 @@ def passes(
 ) -> Iterator[tuple[str, Any, dict[str, tuple[tuple[int, ...], str]]]]:
     """(variant, pass, its inputs' shapes and dtypes); a variant's two passes, the forward ones first."""
     from kernels_triton import plan
-    from kernels_triton.problem import MAX_CHUNK
 
     for variant, changes in VARIANTS.items():
         if variant in RARE and (arch, heads, dtype) not in RARE[variant]:
             continue
-        longest = variant == "chunks of 512"
-        if longest and chunk_size:
-            continue
         problem = make_problem(heads, dtype, changes | {"chunk_size": chunk_size})
-        problem = dataclasses.replace(problem, chunk_size=MAX_CHUNK) if longest else problem
         aligned = problem.K % 8 == 0 and problem.V % 8 == 0  # as descriptors ask for: 16 bytes
         problem = dataclasses.replace(problem, arch=arch, descriptors=descriptors and aligned)
         forward = plan.forward_pass(problem)
@@ -98,6 +98,6 @@ def passes(
             continue
         if variant != "detached":  # the forward pass does not depend on it
             yield "forward" if variant == "exact" else variant, forward, {name: known[name] for name in forward.inputs}
-        if variant != "recurrent" and not longest:  # whose backward pass takes half a minute
+        if variant not in FORWARD_ALONE:
             backward = plan.backward_pass(problem, None, True)
             yield variant, backward, {name: known[name] for name in backward.inputs}

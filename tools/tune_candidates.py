@@ -67,9 +67,9 @@ def candidates(field: str, config: Config, problem: Problem) -> Iterator[Tile]:
     for BT, BK, BV, num_warps, num_stages, source, span in itertools.product(*blocks, sources, spans):
         BS = BT if field in ("forward", "backward", *FUSED) else present.BS
         tile = Tile(BT, BS, BK, BV, num_warps, num_stages, source, span)
-        # Two groups of four warps sharing a product of 32 values: never the fastest, often an illegal memory access.
-        shared = matrix_units and field in ("forward", "backward") and num_warps > 4 and BV < 64
-        if tile != present and not shared and valid(field, tile, config, problem.K, problem.V):
+        # Two groups of four warps that share a product of 32 values: never the fastest, often an illegal memory access.
+        groups = problem.arch == "sm_90" and matrix_units and field in ("forward", "backward") and num_warps > 4
+        if tile != present and not (groups and BV < 64) and valid(field, tile, config, problem.K, problem.V):
             yield tile
 
 
