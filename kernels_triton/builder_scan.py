@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .config import PROGRAMS, cdiv, fused_segments
+from .config import ONE_PIECE, PROGRAMS, cdiv, fused_segments
 from .kernels import state_scan
 from .kernels.segments import FOLLOW, LAST, ONE, SUM
 from .launch import Launch, Spec
@@ -32,7 +32,7 @@ class ScanBuilder(LaunchBuilder):
             most = max(1, fused_segments(self.heads, self.value_parts))
             return most, most
         scans = self.heads * self._tiles(backward)
-        few, most = (min(n // scans + 1, limit) if n >= 2 * scans else 1 for n, limit in PROGRAMS)
+        few, most = (min(n // scans + 1, limit) if scans < ONE_PIECE else 1 for n, limit in PROGRAMS)
         return few, max(few, most)
 
     def segments(self, backward: bool) -> int:

@@ -21,9 +21,10 @@ FALLBACK = "gfx942"
 MIN_BLOCK = {"float32": 16, "bfloat16": 64, "float16": 64}
 # As many programs as occupy a large GPU: from here on one program per head is enough.
 MANY_HEADS = 128
-# And as many as keep its memory busy: a scan of few heads is cut into segments until a launch, which runs all but one
-# of them, has so many programs or there are so many segments: each reads what those before it add. Where segments are
-# long, twice as many programs pay, in fewer segments.
+# A scan of so many programs runs in one piece. One of fewer is cut into segments, of which each of two launches runs
+# all but one, so that most tokens are read twice: into as many as make that 256 programs, or 512 where segments are
+# long, up to a bound, since each reads the sums of all before it.
+ONE_PIECE = 96
 MAX_SEGMENTS = 33
 PROGRAMS = ((256, MAX_SEGMENTS), (512, 9))
 # Programs of a fused kernel that a large GPU runs at once. Where a head takes several, for its segments and parts of V,
@@ -104,6 +105,8 @@ def fused_segments(heads: int, parts: int) -> int:
     if parts == 1:
         return int(heads >= MANY_HEADS)
     segments = max(1, min(MAX_SEGMENTS, SIDE_BY_SIDE // (heads * parts)))
+    if segments == 2 and parts > 2:  # the first launch, half of the scan, leaves half of the places empty
+        return 0
     programs = heads * parts * segments
     rounds = cdiv(programs, SIDE_BY_SIDE)
     return segments if programs >= 0.8 * rounds * SIDE_BY_SIDE else 0

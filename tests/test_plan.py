@@ -137,8 +137,15 @@ def test_fused_kernels_where_they_fill_the_gpu():
         p = dataclasses.replace(problem(B=1, H=heads, K=128, V=V, dtype="bfloat16"), arch="sm_90")
         return configure(p).fused is not None
 
-    taken = {V: [heads for heads in (16, 64, 96, 128, 144, 192, 256) if fused(heads, V)] for V in (64, 256)}
-    assert taken == {64: [128, 144, 192, 256], 256: [16, 64, 128, 192, 256]}
+    taken = {
+        V: [heads for heads in (16, 32, 64, 96, 128, 144, 192, 256) if fused(heads, V)] for V in (64, 128, 256, 512)
+    }
+    assert taken == {
+        64: [128, 144, 192, 256],
+        128: [16, 32, 64, 128, 256],  # 64 heads in two segments
+        256: [16, 64, 128, 192, 256],  # 32 heads would take two
+        512: [32, 64, 96, 128, 144, 192, 256],  # 16 heads likewise
+    }
 
 
 def test_an_entry_for_short_chunks_alone():
@@ -154,7 +161,8 @@ def test_an_entry_for_short_chunks_alone():
 
 def test_segments_of_few_heads():
     """As many as keep the GPU busy, up to a bound; many programs only in few segments, and short sequences are whole."""
-    cases = {(1, 128, 256): 32, (2, 256, 512): 9, (8, 128, 128): 17, (16, 128, 256): 9, (128, 128, 256): 1}
+    cases = {(1, 128, 256): 32, (2, 256, 512): 9, (8, 128, 128): 17, (16, 128, 256): 9, (22, 128, 256): 6}
+    cases |= {(24, 128, 256): 1, (32, 128, 256): 1, (128, 128, 256): 1}
     for (heads, K, V), count in cases.items():
         p = dataclasses.replace(problem(B=1, H=heads, T=65536, K=K, V=V, dtype="bfloat16"), arch="sm_90")
         assert Builder(p).segments(backward=True) == count, (heads, K, V)
