@@ -267,6 +267,8 @@ CASES: tuple[Case, ...] = (
     _gpu("gpu-segments-128x128", dtype="bfloat16", H=4, T=20000, K=128, V=128, f_gate=(6.0, 1.0)),
     _gpu("gpu-many-heads-128x256-bthd", **{**MANY, "K": 128, "V": 256, "layout": "bthd", "save_states": False}),
     _gpu("gpu-many-heads-128x256-plain", **{**MANY, **PLAIN, "K": 128, "V": 256}),
+    # heads in number between: one scan in one piece, and a kernel of each chunk
+    _gpu("gpu-some-heads-128x256", dtype="bfloat16", B=2, H=16, T=1000, K=128, V=256, initial=True, last=True),
     _gpu("gpu-long-heads", dtype="bfloat16", H=2, T=16384, K=64, V=64, f_gate=(6.0, 1.0), initial=True, last=True),
     _gpu("gpu-documents", dtype="bfloat16", K=64, V=128, documents=True, initial=True, last=True),
     *(_gpu(f"gpu-{p}", K=128, V=128, T=1000, precision=p) for p in ("tf32x3", "tf32")),
