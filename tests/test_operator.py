@@ -95,21 +95,21 @@ SPOILED = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial", "dh",
 
 
 # Head n has the bad number in its n-th array, in one batch element or the next; all other heads are clean.
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_bad_numbers_stay_in_their_head(framework, backend, value):
+def test_bad_numbers_stay_in_their_head(framework, backend):
     case = make_case(B=2, H=len(SPOILED), T=17, K=3, V=2, chunk_size=16)
-    changed, hit = {}, np.zeros((2, len(SPOILED)), bool)
-    for n, name in enumerate(SPOILED):
-        x = (case.arrays[name] if name in case.arrays else case.cotangents[name[1:]]).copy()
-        x.reshape(2, len(SPOILED), -1)[n % 2, n, -1] = value
-        changed[name], hit[n % 2, n] = x, True
-    with np.errstate(invalid="ignore"):
-        clean, got = run(framework, case, backend), run(framework, case.replacing(**changed), backend)
-    same_bits({name: x[~hit] for name, x in clean.items()}, {name: x[~hit] for name, x in got.items()})
-    finite = np.logical_and.reduce([np.isfinite(x.reshape(*hit.shape, -1)).all(-1) for x in got.values()])
+    clean = run(framework, case, backend)
     # A gate that is wide open or closed is no bad number, nor is a state of no weight.
-    harmless = {np.inf: ("f",), -np.inf: ("i", "f", "m_initial")}.get(value, ())
-    assert {name for n, name in enumerate(SPOILED) if finite[n % 2, n]} <= set(harmless)
+    for value, harmless in ((np.nan, ()), (np.inf, ("f",)), (-np.inf, ("i", "f", "m_initial"))):
+        changed, hit = {}, np.zeros((2, len(SPOILED)), bool)
+        for n, name in enumerate(SPOILED):
+            x = (case.arrays[name] if name in case.arrays else case.cotangents[name[1:]]).copy()
+            x.reshape(2, len(SPOILED), -1)[n % 2, n, -1] = value
+            changed[name], hit[n % 2, n] = x, True
+        with np.errstate(invalid="ignore"):
+            got = run(framework, case.replacing(**changed), backend)
+        same_bits({name: x[~hit] for name, x in clean.items()}, {name: x[~hit] for name, x in got.items()})
+        finite = np.logical_and.reduce([np.isfinite(x.reshape(*hit.shape, -1)).all(-1) for x in got.values()])
+        assert {name for n, name in enumerate(SPOILED) if finite[n % 2, n]} <= set(harmless), value
 
 
 # A closed gate: of the forget gate, a hard reset (a document boundary); of the input gate, a token left out.
