@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from types import SimpleNamespace
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -60,32 +58,14 @@ def empty(shape: tuple[int, ...], dtype: str) -> tuple[HostArray, np.ndarray]:
 _one_at_a_time = threading.Lock()  # the interpreter swaps parts of triton.language while it runs
 
 
-@contextlib.contextmanager
-def _swapped_once() -> Iterator[None]:
-    """Swaps those parts for all launches at once.
-
-    The interpreter does so before each launch and each call of a device function, which takes a quarter to two fifths
-    of its time.
-    """
-    import triton.language as tl
-    from triton.runtime import interpreter as implementation
-
-    swap = implementation._patch_lang
-    scope = swap(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))  # as kernels and tl's own functions know it
-    implementation._patch_lang = lambda _: SimpleNamespace(restore=lambda: None)
-    try:
-        yield
-    finally:
-        implementation._patch_lang = swap
-        scope.restore()
-
-
 def run(program: Pass, buffers: Mapping[str, HostArray]) -> dict[str, np.ndarray]:
     """Run a pass; returns the raw bytes of its results by name (shape, with the element size as last axis)."""
+    from .faster_interpreter import faster_interpreter  # imports triton
+
     env: dict[str, HostArray] = {name: buffers[name] for name in program.inputs}
     # Overflow to inf, nan arithmetic and a maximum of nans are defined results on a GPU, without warnings. The
     # deprecation is how the interpreter turns run-time loop bounds into Python integers.
-    with _one_at_a_time, _swapped_once(), np.errstate(all="ignore"), warnings.catch_warnings():
+    with _one_at_a_time, faster_interpreter(), np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
         warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
         for launch in program.launches:
