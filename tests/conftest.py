@@ -8,6 +8,11 @@ import pytest
 
 from kernels_triton.backend import interpreting
 
+if not interpreting():  # where bits are compared, all is compiled as users have it
+    os.environ.setdefault(
+        "JAX_DISABLE_MOST_OPTIMIZATIONS", "1"
+    )  # LLVM's, not XLA's own: a quarter of these tests' time
+
 pytest.register_assert_rewrite("tests.support")
 
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import io
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 
 class Driver:
@@ -59,10 +59,17 @@ def _end_with_layouts(_: Any = None, stages: Any = None, *__: Any) -> Any:
 class LayOutOnly(CompileOnly):
     """As CompileOnly, but keeps Triton's GPU IR and goes no further: a tenth of the time."""
 
+    found: ClassVar[dict[tuple[Any, ...], str]] = {}  # by target, kernel and arguments: Triton keeps what it compiled
+
     def __getitem__(self, grid: Any) -> Any:
         import triton
 
         def lay_it_out(*args: Any, **kwargs: Any) -> None:
+            target = triton.runtime.driver.active.get_current_target()
+            call = (target, self.fn, repr(args), repr(kwargs))
+            if call in self.found:
+                self.results.append(self.found[call])
+                return
             triton.knobs.runtime.add_stages_inspection_hook = _end_with_layouts
             try:
                 ttgir = self.kernel.warmup(*args, grid=grid, **kwargs).asm["ttgir"]  # if it was compiled before
@@ -70,6 +77,7 @@ class LayOutOnly(CompileOnly):
                 ttgir = end.args[0]
             finally:
                 triton.knobs.runtime.add_stages_inspection_hook = None
+            self.found[call] = ttgir
             self.results.append(ttgir)
 
         return lay_it_out
