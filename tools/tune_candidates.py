@@ -22,12 +22,13 @@ BLOCKS: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 # Where registers multiply, as for float32 in "ieee": each holds its rows of a whole tile, so that tiles are smaller.
 WITHOUT_MATRIX_UNITS: dict[str, tuple[tuple[int, ...], ...]] = {
-    "state": ((32, 64), (32, 64, 128), (32, 64, 128), (4, 8), (2,)),
-    "dstate": ((32, 64), (32, 64, 128), (32, 64, 128), (4, 8), (2,)),
+    "state": ((32, 64), (32, 64, 128), (32, 64, 128), (1, 2, 4, 8), (2,)),
+    "dstate": ((32, 64), (32, 64, 128), (32, 64, 128), (1, 2, 4, 8), (2,)),
     "forward": ((32, 64), (32, 64, 128), (16, 32, 64), (4, 8), (2,)),
     "backward": ((32, 64), (32, 64, 128), (16, 32), (4, 8), (2,)),
     "normaliser": BLOCKS["normaliser"],
 }
+THREADS_PART = 64  # values of a scan's state that a thread holds in registers there: with more it is far behind
 # The kernel that a field of Config shapes; scans run twice, forward and backward.
 KERNELS = {
     "state": ("state_scan", False),
@@ -69,7 +70,13 @@ def candidates(field: str, config: Config, problem: Problem) -> Iterator[Tile]:
         tile = Tile(BT, BS, BK, BV, num_warps, num_stages, source, span)
         # Two groups of four warps that share a product of 32 values: never the fastest, often an illegal memory access.
         groups = problem.arch == "sm_90" and matrix_units and field in ("forward", "backward") and num_warps > 4
-        if tile != present and not (groups and BV < 64) and valid(field, tile, config, problem.K, problem.V):
+        spread_thin = matrix_units or "state" not in field or BK * BV <= THREADS_PART * 32 * num_warps
+        if (
+            tile != present
+            and spread_thin
+            and not (groups and BV < 64)
+            and valid(field, tile, config, problem.K, problem.V)
+        ):
             yield tile
 
 
