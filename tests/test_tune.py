@@ -61,6 +61,13 @@ def test_smaller_tiles_where_registers_multiply():
     assert largest("float32-ieee") == {"forward": 32 * 64, "backward": 32 * 32}
 
 
+def test_no_thread_holds_much_of_a_state_without_matrix_units():
+    problem = tune_measure.make_problem(A, "float32-ieee", "sm_90")
+    tiles = [*candidates("dstate", configure(problem), problem)][1:]
+    assert {x.num_warps for x in tiles} == {1, 2, 4, 8}
+    assert max(x.BK * x.BV // (32 * x.num_warps) for x in tiles) == 64
+
+
 @pytest.mark.parametrize("arch, narrow", [("sm_90", False), ("sm_80", True)])
 def test_hopper_has_no_candidate_whose_groups_of_warps_share_32_values(arch, narrow):
     problem = tune_measure.make_problem(A, "bfloat16", arch)
@@ -79,7 +86,7 @@ def test_found_tiles_reach_the_table(tmp_path):
     path = tmp_path / "sm_90.json"
     path.write_text(tune_measure.table_path("sm_90").read_text())
     tile = (64, 64, 128, 32, 4, 4)
-    tune.write(path, A, "bfloat16", {"forward": tile}, "a machine")
+    tune.write(path, A, "bfloat16", {"forward": (*tile, 1, 1)}, "a machine")  # as found, and as tables have it
     old = json.loads(tune_measure.table_path("sm_90").read_text())
     new = json.loads(path.read_text())
     changed = [n for n, (x, y) in enumerate(zip(old["entries"], new["entries"], strict=True)) if x != y]
@@ -227,14 +234,14 @@ def test_a_search_that_writes(monkeypatch, tmp_path):
     fastest = {}
 
     def on_gpu(shape, dtype, field, arch, tiles):
-        fastest[field] = list(dataclasses.astuple(tiles[1]))
+        fastest[field] = tiles[1]
         return {n: 1.0 - (n == 1) / 2 for n in tiles}, {1: ""}
 
     monkeypatch.setattr(tune, "on_gpu", on_gpu)
     result = CliRunner().invoke(_app(), ["--shapes", "C64", "--write"])
     assert result.exit_code == 0, result.output
     [entry] = [x for x in json.loads(path.read_text())["entries"] if x["measured"] == "a machine"]
-    assert {field: entry[field] for field in BLOCKS} == fastest
+    assert {field: Tile(*entry[field]) for field in BLOCKS} == fastest
 
 
 def test_bad_arguments():

@@ -274,7 +274,7 @@ CASES: tuple[Case, ...] = (
     *(_gpu(f"gpu-{p}", K=128, V=128, T=1000, precision=p) for p in ("tf32x3", "tf32")),
     # the other entries of the tables of tile sizes
     *(_gpu(f"gpu-{p}-256x512", K=256, V=512, T=1000, precision=p) for p in ("tf32x3", "tf32")),
-    *(_gpu(f"gpu-{p}-some-heads", B=2, H=12, K=128, V=256, T=520, precision=p) for p in ("tf32x3", "tf32")),
+    *(_gpu(f"gpu-{p}-some-heads", B=2, H=12, K=128, V=256, T=520, precision=p) for p in ("tf32x3", "tf32", "ieee")),
     *(_gpu(f"gpu-float16-{K}x{V}", dtype="float16", K=K, V=V, T=1000) for K, V in ((64, 64), (256, 512))),
     _gpu("gpu-segments", dtype="bfloat16", H=33, T=8192, K=64, V=64),
     *(_gpu(f"gpu-chunk-{L}", dtype="bfloat16", K=64, V=64, T=1000, chunk_size=L) for L in (16, 512)),

@@ -137,12 +137,17 @@ def search(shape: Shape, dtype: str, field: str, arch: str, workers: int, only_c
     return [*right, *rest]
 
 
+def _row(tile: tuple[int, ...]) -> list[int]:
+    """A tile as tables have it: without what ends it by default."""
+    return next(list(tile[:n]) for n in range(6, len(tile) + 1) if Tile(*tile[:n]) == Tile(*tile))
+
+
 def write(path: Path, shape: Shape, name: str, chosen: dict[str, tuple[int, ...]], machine: str) -> None:
     """Put the tiles into the entry that serves the shape."""
     data = json.loads(path.read_text())
     problem = tune_measure.make_problem(shape, name, path.stem)
     entry = next(x for x in data["entries"] if serves(x, problem))
-    entry.update({field: list(tile) for field, tile in chosen.items()}, measured=machine)
+    entry.update({field: _row(tile) for field, tile in chosen.items()}, measured=machine)
     rows = ",\n".join("    " + json.dumps(x) for x in data.pop("entries"))
     head = "".join(f"  {json.dumps(name)}: {json.dumps(value)},\n" for name, value in data.items())
     path.write_text("{\n" + head + '  "entries": [\n' + rows + "\n  ]\n}\n")

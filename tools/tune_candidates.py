@@ -28,7 +28,7 @@ WITHOUT_MATRIX_UNITS: dict[str, tuple[tuple[int, ...], ...]] = {
     "backward": ((32, 64), (32, 64, 128), (16, 32), (4, 8), (2,)),
     "normaliser": BLOCKS["normaliser"],
 }
-THREADS_PART = 64  # values of a scan's state that a thread holds in registers there: with more it is far behind
+MOST_OF_A_STATE = 64  # values that a thread of a scan holds in registers there: with more it is far behind
 # The kernel that a field of Config shapes; scans run twice, forward and backward.
 KERNELS = {
     "state": ("state_scan", False),
@@ -55,6 +55,15 @@ def valid(field: str, tile: Tile, config: Config, K: int, V: int) -> bool:
     return field not in FUSED or tile.BK >= K
 
 
+def hopeless(field: str, tile: Tile, problem: Problem) -> bool:
+    """Whether tiles of this kind have all lost on a GPU: not worth compiling."""
+    if not problem.matrix_units:
+        return "state" in field and tile.BK * tile.BV > MOST_OF_A_STATE * 32 * tile.num_warps
+    # Two groups of four warps that share a product of 32 values: never the fastest, often an illegal memory access.
+    groups = problem.arch == "sm_90" and field in ("forward", "backward") and tile.num_warps > 4
+    return groups and tile.BV < 64
+
+
 def candidates(field: str, config: Config, problem: Problem) -> Iterator[Tile]:
     """The valid tiles of one kernel, the present one first; with and without descriptors where the problem has them."""
     present: Tile | None = getattr(config, field)
@@ -68,15 +77,7 @@ def candidates(field: str, config: Config, problem: Problem) -> Iterator[Tile]:
     for BT, BK, BV, num_warps, num_stages, source, span in itertools.product(*blocks, sources, spans):
         BS = BT if field in ("forward", "backward", *FUSED) else present.BS
         tile = Tile(BT, BS, BK, BV, num_warps, num_stages, source, span)
-        # Two groups of four warps that share a product of 32 values: never the fastest, often an illegal memory access.
-        groups = problem.arch == "sm_90" and matrix_units and field in ("forward", "backward") and num_warps > 4
-        spread_thin = matrix_units or "state" not in field or BK * BV <= THREADS_PART * 32 * num_warps
-        if (
-            tile != present
-            and spread_thin
-            and not (groups and BV < 64)
-            and valid(field, tile, config, problem.K, problem.V)
-        ):
+        if tile != present and valid(field, tile, config, problem.K, problem.V) and not hopeless(field, tile, problem):
             yield tile
 
 
