@@ -61,11 +61,11 @@ def _init_tensor(self: Any, handle: Any, type: Any) -> None:
 
 
 def _check_overflow(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
-    """TritonSemantic.binary_op_sanitize_overflow_impl, with an AssertionError where an integer's bits are too few."""
-    if lhs.dtype.int_bitwidth < 64:
+    """TritonSemantic.binary_op_sanitize_overflow_impl; raises OverflowError where an integer's bits are too few."""
+    if 1 < lhs.dtype.int_bitwidth < 64:
         wide = _OPERATIONS[binary_op.__name__](lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64))
-        fits = lhs.dtype.get_int_min_value() <= wide.min() and wide.max() <= lhs.dtype.get_int_max_value()
-        assert fits, f"{lhs.dtype} overflow detected for operation {binary_op.__name__}"
+        if wide.min() < lhs.dtype.get_int_min_value() or wide.max() > lhs.dtype.get_int_max_value():
+            raise OverflowError(f"expected results of {binary_op.__name__} that fit {lhs.dtype}, got {wide}")
 
 
 @contextlib.contextmanager
