@@ -8,7 +8,7 @@ import pytest
 
 from kernels_triton.backend import interpreting
 
-if not interpreting():  # where bits are compared, all is compiled as users have it
+if not interpreting():  # where the frontends' bits are compared, all is compiled as users have it
     os.environ.setdefault(
         "JAX_DISABLE_MOST_OPTIMIZATIONS", "1"
     )  # LLVM's, not XLA's own: a quarter of these tests' time

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 
@@ -83,14 +84,29 @@ class LayOutOnly(CompileOnly):
         return lay_it_out
 
 
-def compile_pass(program: Any, inputs: dict[str, tuple[tuple[int, ...], str]], kind: type[CompileOnly]) -> list[Any]:
-    """What `kind` keeps of each launch of a pass that PyTorch's executor runs on tensors without memory."""
+class LeaveOut(CompileOnly):
+    """Compiles nothing."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *_, **__: None
+
+
+def compile_pass(
+    program: Any,
+    inputs: dict[str, tuple[tuple[int, ...], str]],
+    kind: type[CompileOnly],
+    wanted: Sequence[bool] | None = None,
+) -> list[Any]:
+    """What `kind` keeps of each wanted launch of a pass that PyTorch's executor runs on tensors without memory."""
     import torch
 
     from frontend_torch import executor
 
     results: list[Any] = []
-    launches = tuple(dataclasses.replace(x, kernel=kind(x.kernel, results)) for x in program.launches)
+    launches = tuple(
+        dataclasses.replace(x, kernel=(kind if keep else LeaveOut)(x.kernel, results))
+        for x, keep in zip(program.launches, wanted or [True] * len(program.launches), strict=True)
+    )
     tensors = {n: torch.empty(shape, dtype=getattr(torch, d), device="meta") for n, (shape, d) in inputs.items()}
     executor.launch_all(dataclasses.replace(program, launches=launches), tensors)
     return results
