@@ -8,10 +8,10 @@ import pytest
 
 from kernels_triton.backend import interpreting
 
-if not interpreting():  # where the frontends' bits are compared, all is compiled as users have it
-    os.environ.setdefault(
-        "JAX_DISABLE_MOST_OPTIMIZATIONS", "1"
-    )  # LLVM's, not XLA's own: a quarter of these tests' time
+# LLVM's optimisations, not XLA's own: a quarter of these tests' time. Where the frontends' bits are compared, in the
+# interpreter's process, all is compiled as users have it.
+if not interpreting():
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 pytest.register_assert_rewrite("tests.support")
 

@@ -60,7 +60,8 @@ def _end_with_layouts(_: Any = None, stages: Any = None, *__: Any) -> Any:
 class LayOutOnly(CompileOnly):
     """As CompileOnly, but keeps Triton's GPU IR and goes no further: a tenth of the time."""
 
-    found: ClassVar[dict[tuple[Any, ...], str]] = {}  # by target, kernel and arguments: Triton keeps what it compiled
+    # By target, kernel and arguments: Triton's own cache has only what was compiled to the end.
+    found: ClassVar[dict[tuple[Any, ...], str]] = {}
 
     def __getitem__(self, grid: Any) -> Any:
         import triton
