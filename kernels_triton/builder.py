@@ -67,10 +67,12 @@ class Builder(FusedBuilder, RecurrentBuilder):
         m_token: str | None = None,
         m_chunk: str | None = None,
         split: bool = False,
+        rounded: bool = True,
     ) -> Launch:
         """Stabilisers and decays. `m_token`, `m_chunk`: given stabilisers, in place of those computed from i and f.
 
-        split: after `gates_sums`.
+        split: after `gates_sums`. rounded: all chunks' states are handed on with `m_chunk`, a float32, not the last one
+        alone.
         """
         p = self.p
         head = (p.B, p.H)
@@ -98,6 +100,7 @@ class Builder(FusedBuilder, RecurrentBuilder):
             HAS_I=i is not None,
             F_IS_LOG=f_is_log,
             M_GIVEN=m_token is not None,
+            ROUNDED=rounded and m_token is None,
             SPLIT=split,
             SIGMOID=self.sigmoid,
             PACKED=self.packed,

@@ -103,15 +103,16 @@ def state_before(problem: Problem, gathered: Array, first: State, index: Any) ->
         return first, decays
     c, n, m = first
     earlier, between, (c_own, n_own, m_own, passed) = _select(index, True, decays, c_own, n_own, m_own, decays)
-    exponents = m_own + between
-    start = m + xp.sum(_where(earlier, passed, 0.0), axis=0)
+    passed = xp.sum(_where(earlier, passed, 0.0), axis=0)
     if problem.input_gate == "sigmoid":  # without stabiliser, but for the given one of the initial state
         highest = xp.zeros_like(m) if earlier is None else xp.where(earlier[0], xp.zeros_like(m), m)
     else:
-        highest = xp.maximum(start, xp.max(_where(earlier, exponents, NO_STABILISER), axis=0))
-    keep = xp.exp(start - highest)
-    c = keep[..., None, None] * c + _sum(earlier, exponents - highest, c_own)
-    n = keep[..., None] * n + _sum(earlier, exponents - highest, n_own)
+        highest = xp.maximum(m + passed, xp.max(_where(earlier, m_own + between, NO_STABILISER), axis=0))
+    # Stabilisers may be large: their differences first, which are exact. So C and n belong to `highest` as it is rounded.
+    exponents = between - (highest - m_own)
+    keep = xp.exp(passed - (highest - m))
+    c = keep[..., None, None] * c + _sum(earlier, exponents, c_own)
+    n = keep[..., None] * n + _sum(earlier, exponents, n_own)
     return (c, n, highest), decays
 
 

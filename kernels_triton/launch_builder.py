@@ -100,8 +100,12 @@ class LaunchBuilder:
         return Spec((self.p.B, self.p.H, self.NT, self.p.K), "float32")
 
     def source(self, tile: Tile) -> int:
-        """How a kernel reads tokens and states: 0 by pointers, 1 through descriptors (kernels/common.py)."""
-        return int(self.p.descriptors and tile.descriptors)
+        """How a kernel reads tokens and states: 0 by pointers, 1 through descriptors (kernels/common.py).
+
+        Packed sequences by pointers: a descriptor reads a whole tile, beyond a sequence's end its neighbour's tokens.
+        Those weigh 0, but 0 times an infinity or a NaN is NaN.
+        """
+        return int(self.p.descriptors and tile.descriptors and not self.packed)
 
     @property
     def arithmetic(self) -> dict[str, Any]:

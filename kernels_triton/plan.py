@@ -57,7 +57,7 @@ def _forward(b: Builder, save: bool) -> list[Launch]:
     """The chunkwise launches. save: with the chunk-start states."""
     launches = [chunk_table(b.p.T, b.p.sequences, b.L)] if b.packed and not b.p.has_table else []
     launches += [b.gates_sums()] if b.split_gates else []
-    launches.append(b.gates(split=b.split_gates))
+    launches.append(b.gates(split=b.split_gates, rounded=False))
     return launches + ([*b.fused_forward(save)] if b.config.fused else [*b.state_forward(), b.outputs()])
 
 
@@ -146,7 +146,7 @@ def segment_state(problem: Problem) -> Pass:
     are those of `totals` over its last axis and the first two of the one before it.
     """
     b = Builder(problem)
-    launches = (b.gates_sums(), b.gates(split=True), *b.segment_state())
+    launches = (b.gates_sums(), b.gates(split=True, rounded=False), *b.segment_state())
     return Pass(launches, _read(launches), (*LAST, "totals"))
 
 

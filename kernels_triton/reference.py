@@ -67,7 +67,7 @@ def recurrent(
     hs = []
     for t in range(q.shape[2]):
         m_new = xp.zeros_like(m) if sigmoid else xp.maximum(log_f[:, :, t] + m, i[:, :, t])
-        keep = xp.exp(log_f[:, :, t] + m - m_new)
+        keep = xp.exp(log_f[:, :, t] - (m_new - m))  # stabilisers are large, and their difference is exact
         add = xp.exp(i[:, :, t] - m_new)
         k_t, v_t, q_t = k[:, :, t, :], v[:, :, t, :], q[:, :, t, :] * scale
         c = keep[:, :, None, None] * c + add[:, :, None, None] * k_t[:, :, :, None] * v_t[:, :, None, :]
@@ -139,22 +139,23 @@ def chunkwise(
         b = xp.cumulative_sum(log_f_c, axis=-1)  # [B, H, L]
         # log f summed over j < t <= i, each sum for itself: differences of b would lose digits behind a closed gate.
         between = xp.where(after, log_f_c[..., :, None], xp.asarray(0.0, dtype=q.dtype))
-        log_d = xp.cumulative_sum(between, axis=-2) + i_c[..., None, :]  # [B, H, L, L]
-        log_a = log_d[..., -1, :]
-        log_d = xp.where(causal, log_d, xp.asarray(-float("inf"), dtype=q.dtype))
+        passed = xp.cumulative_sum(between, axis=-2)  # [B, H, L, L]
+        log_d = xp.where(causal, passed + i_c[..., None, :], xp.asarray(-float("inf"), dtype=q.dtype))
         m_row = xp.zeros_like(b)
         if not sigmoid:
             m_row = stop_gradient(xp.maximum(b + m[..., None], xp.max(log_d, axis=-1)))  # h is independent of it
-        s = (q_c @ xp.matrix_transpose(k_c)) * scale * xp.exp(log_d - m_row[..., None])
-        from_state = xp.exp(b + m[..., None] - m_row) * scale
+        # Gates and stabilisers may be large: their differences first, which are exact, then the sums of log f.
+        weights = xp.where(causal, passed - (m_row[..., None] - i_c[..., None, :]), log_d)
+        s = (q_c @ xp.matrix_transpose(k_c)) * scale * xp.exp(weights)
+        from_state = xp.exp(b - (m_row - m[..., None])) * scale
         num = s @ v_c + from_state[..., None] * (q_c @ c)
         r = xp.sum(s, axis=-1) + from_state * xp.sum(q_c * n[..., None, :], axis=-1)
         h = normalised(num, r, m_row)
 
-        total = b[..., -1]
-        m_new = xp.zeros_like(m) if sigmoid else xp.maximum(total + m, xp.max(log_a, axis=-1))
-        keep = xp.exp(total + m - m_new)
-        k_a = k_c * xp.exp(log_a - m_new[..., None])[..., None]
+        total, after_token = b[..., -1], passed[..., -1, :]
+        m_new = xp.zeros_like(m) if sigmoid else xp.maximum(total + m, xp.max(after_token + i_c, axis=-1))
+        keep = xp.exp(total - (m_new - m))
+        k_a = k_c * xp.exp(after_token - (m_new[..., None] - i_c))[..., None]
         c = keep[..., None, None] * c + xp.matrix_transpose(k_a) @ v_c
         n = keep[..., None] * n + xp.sum(k_a, axis=-2) if normalize else n
         return (c, n, m_new), h

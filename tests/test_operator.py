@@ -7,7 +7,7 @@ import array_api_compat
 import numpy as np
 import pytest
 
-from tests.support import FRAMEWORKS, OUTPUTS, Case, check, make_case, run, same_bits
+from tests.support import FRAMEWORKS, OUTPUTS, Case, check, make_case, run, same_bits, truth
 
 pytestmark = pytest.mark.parametrize("framework", FRAMEWORKS)
 
@@ -125,3 +125,65 @@ def test_closed_gates(framework, backend, reset, masked, states):
         return case.replacing(i=i, f=f)
 
     check(run(framework, closed(-np.inf), backend), case, like=closed(-300.0))
+
+
+def rms(x, true):
+    """The error's root mean square over that of the truth."""
+    return np.linalg.norm(x.astype(np.float64) - true) / max(np.linalg.norm(true), 1e-30)
+
+
+# A batch of places (within a chunk, every ten tokens, the first token, a chunk's first token), a head per gate.
+RESETS = ((20,), tuple(range(3, 37, 10)), (0,), (16,))
+GATES = (-np.inf, -1e6, -1e5, -1e4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("input_gate", ["exponential", "sigmoid"])
+def test_a_hard_reset_costs_no_digits(framework, backend, dtype, input_gate):
+    """No result is less exact than where the gate closes at -30, which is a thousandth of the weakest of these."""
+    case = make_case(B=len(RESETS), H=len(GATES), dtype=dtype, chunk_size=16, input_gate=input_gate)
+
+    def closed(*values):
+        f = case.arrays["f"].copy()
+        for b, tokens in enumerate(RESETS):
+            f[b][:, list(tokens)] = np.array(values)[:, None]
+        return case.replacing(f=f)
+
+    mild, hard = closed(*[-30.0] * len(GATES)), closed(*GATES)
+    errors = [
+        {name: rms(got[name], x) for name, x in true.items()}
+        for got, true in (
+            (run(framework, mild, backend), truth(mild)),
+            (run(framework, hard, backend), truth(closed(*[-3000.0] * len(GATES)))),
+        )
+    ]
+    assert {name: (x, errors[0][name]) for name, x in errors[1].items() if not x <= 1.5 * errors[0][name] + 1e-7} == {}
+
+
+def test_a_weak_input_gate_after_a_reset_outweighs_what_was_before(framework, backend):
+    case = make_case(H=1, T=19, chunk_size=16, i_mean=-200.0)
+    f = case.arrays["f"].copy()
+    f[:, :, 9] = -np.inf
+    like = f.copy()
+    like[:, :, 9] = -3000.0
+    check(run(framework, case.replacing(f=f), backend), case, like=case.replacing(f=like))
+
+
+@pytest.mark.parametrize("i_mean", [1e3, 1e4])
+def test_a_state_handed_on_belongs_to_its_rounded_stabiliser(framework, backend, i_mean):
+    """m is float32: off by up to 5e-4 at 1e4, which C and n have to make up for."""
+    case = make_case(H=1, T=53, chunk_size=16, i_mean=i_mean)
+    got, true = run(framework, case, backend, in_segments(1, 17, 38)), truth(case)
+    assert rms(got["h"], true["h"]) < 5e-6
+    scale = np.exp(got["m_last"].astype(np.float64) - true["m_last"])
+    assert rms(got["c_last"] * scale[..., None, None], true["c_last"]) < 5e-6
+    check(got, case)
+
+
+def test_an_initial_state_of_no_weight_with_the_sigmoid_gate(framework, backend):
+    case = make_case(T=37, chunk_size=16, input_gate="sigmoid")
+    case = case.replacing(m_initial=np.full_like(case.arrays["m_initial"], -np.inf))
+    for via in (None, in_segments(1, 17)):
+        got = run(framework, case, backend, via)
+        assert not got["m_last"].any()
+        check(got, case, like=case.replacing(m_initial=np.full_like(case.arrays["m_initial"], -300.0)))

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .chunk_forward import rows_forward
 from .common import GIVEN, POINTERS, dot, load_pair, operand, times_vector
-from .packing import chunk_count, sequence_span
+from .packing import chunk_count, end_of_walk, sequence_span
 from .segments import FOLLOW, segment_chunks, state_before, sums_offset
 from .tiles import contiguous_rows, load_state, load_tokens, load_vector, store_state, store_vector, token_view
 
@@ -86,7 +86,7 @@ def fused_forward(
         rank = (state % count).to(tl.int32)
         state = state // count
     head = state % H if PACKED else state
-    begin, finish, t_first, t_end = sequence_span(chunks, state // H, n_chunks, T, PACKED)
+    begin, finish, t_first, t_end = sequence_span(chunks, state // H, n_chunks, T, L, PACKED)
     first = begin
     stop = finish
     if SEGMENTS == FOLLOW:
@@ -120,7 +120,8 @@ def fused_forward(
     if not NORMALIZE and pid == 0:
         tl.store(r, 0.0)
 
-    for step in tl.range(first * PER, stop * PER, disable_licm=True):
+    walk_end = end_of_walk(first, stop, t_first, t_end, PACKED)
+    for step in tl.range(first * PER, walk_end * PER, disable_licm=True):
         n = step // PER
         within = step % PER * BT
         o_chunk = head * n_chunks + n

@@ -17,7 +17,7 @@ from .common import (
     trace,
 )
 from .keys_backward import keys_backward
-from .packing import chunk_count, sequence_span
+from .packing import chunk_count, end_of_walk, sequence_span
 from .queries_backward import queries_backward
 from .tiles import (
     contiguous_rows,
@@ -95,7 +95,7 @@ def fused_backward(
     state = tl.program_id(0).to(tl.int64)
     head = state % H if PACKED else state
     n_chunks = chunk_count(T, sequences, L, PACKED)
-    first, stop, t_first, t_end = sequence_span(chunks, state // H, n_chunks, T, PACKED)
+    first, stop, t_first, t_end = sequence_span(chunks, state // H, n_chunks, T, L, PACKED)
     end = tl.maximum(t_end, t_first + 1)  # of what may be read
     padded = n_chunks.to(tl.int64) * L
     o_k = tl.arange(0, BK)
@@ -112,7 +112,8 @@ def fused_backward(
             product += tl.sum(b_norm * load_vector(n_last + state * K, o_k, K, BK), 0)
     tl.store(outer + state * 2, product)
 
-    for step in tl.range(first, stop, disable_licm=True):  # what it would hoist fills the registers
+    walk_end = end_of_walk(first, stop, t_first, t_end, PACKED)
+    for step in tl.range(first, walk_end, disable_licm=True):  # what it would hoist fills the registers
         n = first + stop - 1 - step
         t = t_first + (n - first) * L
         o_chunk = head * n_chunks + n

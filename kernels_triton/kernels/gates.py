@@ -7,6 +7,10 @@ from .common import LOG2E, NEG_INF, load_pair, store_pair
 from .gates_sums import chunk_sums, load_float64, log_input, then
 from .packing import chunk_count, sequence_span
 
+# The largest jump of a stabiliser, in natural-log units, that stays as it is. Weights of 2**-256 are 0 in float32, and
+# times 1 / d, which eps = 0 lets reach 2**127, still far below any digit of the row's own weight.
+MAX_JUMP = tl.constexpr(256 * 0.6931471805599453)
+
 
 @triton.jit
 def _maximum(x, y):
@@ -23,13 +27,41 @@ def _previous(x, first, G: tl.constexpr):
 
 @triton.jit
 def _advance(carry, pick, n, total, largest, token, G: tl.constexpr):
-    """The stabilisers at the starts of G chunks n, the one after them, and the token that gave it."""
+    """The stabilisers before and after each of G chunks n, the one after them all, and the token that gave it."""
     totals, best = tl.associative_scan((total, largest + total), 0, then)
     after = tl.maximum(carry + totals, best)
     begin = _previous(after, carry, G)
     last = tl.max(tl.where(largest > begin, n, -1), 0)
     pick = tl.where(last >= 0, tl.max(tl.where(n == last, token, -1), 0), pick)
-    return begin, tl.max(tl.where(tl.arange(0, G) == G - 1, after, NEG_INF), 0), pick
+    return begin, after, tl.max(tl.where(tl.arange(0, G) == G - 1, after, NEG_INF), 0), pick
+
+
+@triton.jit
+def _largest_and_before(largest_x, before_x, largest_y, before_y):
+    """Of two stretches of tokens, one after the other: the maximum, and that of all tokens but the last."""
+    return tl.maximum(largest_x, largest_y), tl.maximum(largest_x, before_y)
+
+
+@triton.jit
+def _excess(x, begin):
+    """How far rows' stabilisers a have jumped beyond MAX_JUMP at a time, summed over the chunk's rows so far.
+
+    x: tokens' candidates, whose maximum so far, `begin` included, is a; or a itself. What a token from before such a
+    jump adds to a row behind it is 0 in float32 either way. Without the excess a and c stay small, so that a forget
+    gate that closes does not cost the tokens of its chunk their digits.
+    """
+    largest, before = tl.associative_scan((x, tl.full(x.shape, NEG_INF, tl.float64)), 1, _largest_and_before)
+    before = tl.maximum(before, begin[:, None])
+    jump = tl.where(before > NEG_INF, tl.maximum(largest, begin[:, None]) - before, 0.0)
+    jump = tl.where(jump < float("inf"), jump - MAX_JUMP, 0.0)
+    return tl.cumsum(tl.maximum(jump, 0.0), 1)
+
+
+@triton.jit
+def _as_float32(x):
+    """float64 rounded to float32's digits; unchanged beyond its range."""
+    y = x.to(tl.float32).to(tl.float64)
+    return tl.where(tl.abs(y) < float("inf"), y, x)
 
 
 @triton.jit
@@ -73,6 +105,7 @@ def gates_forward(
     HAS_I: tl.constexpr,
     F_IS_LOG: tl.constexpr,
     M_GIVEN: tl.constexpr,
+    ROUNDED: tl.constexpr,
     SPLIT: tl.constexpr,
     SIGMOID: tl.constexpr,
     PACKED: tl.constexpr,
@@ -81,7 +114,8 @@ def gates_forward(
 
     What token j adds to row i, D_ij = 2**(c_j - a_i), and to the state at the chunk's end, alpha_j = 2**c_j; what the
     state at the chunk's start adds to row i, beta_i = 2**(gamma - a_i), and to the one at the end, 2**gamma. a_L, the
-    chunk's largest a, is subtracted from c, a and gamma.
+    chunk's largest a, is subtracted from c, a and gamma: its stabiliser at the end, less b. ROUNDED: the states at all
+    chunks' ends are handed on, not only the last one.
     """
     n_chunks = chunk_count(T, sequences, L, PACKED)
     padded = n_chunks.to(tl.int64) * L
@@ -100,7 +134,7 @@ def gates_forward(
     else:
         state = pid
         head = pid % H if PACKED else pid
-        begin_n, stop, t_first, t_end = sequence_span(chunks, pid // H, n_chunks, T, PACKED)
+        begin_n, stop, t_first, t_end = sequence_span(chunks, pid // H, n_chunks, T, L, PACKED)
         first = begin_n
     chunk_row = head * (n_chunks + 1)
     p_totals = totals + head * 4 * n_chunks
@@ -129,7 +163,7 @@ def gates_forward(
             total = _float64(load_pair(p_totals, p_totals + n_chunks, n, True))
             largest = _float64(load_pair(p_totals + 2 * n_chunks, p_totals + 3 * n_chunks, n, True))
             token = tl.load(tokens + head * n_chunks + n)
-            _, _, pick = _advance(pick_carry, pick, n, total, largest, token, G)
+            _, _, _, pick = _advance(pick_carry, pick, n, total, largest, token, G)
 
     for n0 in range(first, stop, G):
         n = n0 + o_n
@@ -155,21 +189,36 @@ def gates_forward(
             )
         if SIGMOID:  # the gates need no stabiliser: it is 0 but for that of the initial state
             begin = tl.where(n == begin_n, carry, 0.0)
+            after = tl.zeros([G], tl.float64)
             b_a = -b_sum
             end = -total
             b_m = tl.zeros([G, L], tl.float64)
         else:
-            begin, carry, pick = _advance(carry, pick, n, total, largest, token, G)
+            begin, after, carry, pick = _advance(carry, pick, n, total, largest, token, G)
         if M_GIVEN:
             begin = tl.load(m_chunk_given + chunk_row + n, mask=m_n, other=0.0).to(tl.float64)
-            end = tl.load(m_chunk_given + chunk_row + n + 1, mask=m_n, other=0.0).to(tl.float64) - total
+            after = tl.load(m_chunk_given + chunk_row + n + 1, mask=m_n, other=0.0).to(tl.float64)
+            end = after - total
             b_m = tl.load(m_token + head * T + t, mask=m_t, other=0.0).to(tl.float64)
             b_a = tl.where(m_t, b_m - b_sum, end[:, None])
         elif not SIGMOID:
             b_a = tl.maximum(tl.associative_scan(b_c, 1, _maximum), begin[:, None])
             end = tl.maximum(largest, begin)
             b_m = b_a + b_sum
+            # A state that is handed on belongs to its stabiliser as float32 holds it, not to the exact one.
+            last = n == (stop if PACKED else n_chunks) - 1
+            if ROUNDED:
+                begin = _as_float32(begin)
+                last = n >= 0
+            rounded = _as_float32(after)
+            end = tl.where(last & (end > NEG_INF), rounded - total, end)
+            after = tl.where(last, rounded, after)
 
+        if tl.max(tl.where(m_n, end - begin, 0.0), 0) > MAX_JUMP:  # few sequences have a jump at all
+            excess = _excess(b_a if SIGMOID or M_GIVEN else b_c, begin)
+            b_a -= excess
+            b_c -= excess
+            end -= tl.max(excess, 1)
         m_row = m_n[:, None] & (o_t < L)
         o_row = head * padded + row
         origin = tl.where(end > NEG_INF, end, 0.0)
@@ -179,10 +228,10 @@ def gates_forward(
         tl.store(floor + o_row, tl.exp(-b_m).to(tl.float32), mask=m_row)
         tl.store(m + head * T + t, b_m.to(tl.float32), mask=m_t)
         if not PACKED:
-            tl.store(m_chunk + chunk_row + n + 1, (end + total).to(tl.float32), mask=m_n)
+            tl.store(m_chunk + chunk_row + n + 1, after.to(tl.float32), mask=m_n)
 
     if PACKED or stop == n_chunks:
         if SIGMOID:
-            carry *= 0.0
+            carry = tl.full([], 0.0, tl.float64)
         tl.store(m_last + state, carry.to(tl.float32))
         tl.store(picked + state, pick)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .common import cast
-from .packing import chunk_count, chunk_span
+from .packing import chunk_count, chunk_sequence, chunk_span
 
 
 @triton.jit(
@@ -52,12 +52,14 @@ def gates_backward(
     row = n * L + o
     state = head  # whose states' cotangents these are
     first_chunk = 0
+    last_chunk = n_chunks - 1
     if PACKED:
-        sequence = tl.load(chunks + 2 * n_chunks + n)
+        sequence = chunk_sequence(chunks, n, n_chunks, sequences)
         if sequence < 0:
             return
         state = sequence.to(tl.int64) * H + head
         first_chunk = tl.load(chunks + 3 * n_chunks + sequence)
+        last_chunk = tl.load(chunks + 3 * n_chunks + sequence + 1) - 1
 
     b_row = tl.zeros([L], tl.float64)
     b_diag = tl.zeros([L], tl.float64)
@@ -91,9 +93,13 @@ def gates_backward(
         if HAS_DM_LAST:
             rho += tl.load(dm_last + state).to(tl.float64)
         pick = tl.load(picked + state)
+        dm0 += tl.where(pick < 0, rho, 0.0)
+        if HAS_DLAST:
+            # In the last chunk <dC, C> of the last state is w and U's sum: of them, whose rounding cancels then.
+            if n == last_chunk:
+                rho += at_last - (w + tl.sum(b_u, 0))
         b_di += tl.where(t == pick, rho, 0.0)
         b_dlogf += tl.where(t > pick, rho, 0.0)
-        dm0 += tl.where(pick < 0, rho, 0.0)
 
     p_f = f + (head // H) * f_sb + (head % H) * f_sh
     b_f = tl.load(p_f + t * f_st, mask=m_t, other=0.0).to(tl.float64)

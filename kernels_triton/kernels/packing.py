@@ -15,14 +15,21 @@ def chunk_count(T, sequences, L: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _tokens_of(chunks, n, n_chunks, T, L: tl.constexpr):
+    """Chunk n's first token and how many it has: inside [0, T) and at most L, whatever the table holds."""
+    t = tl.minimum(tl.maximum(tl.load(chunks + n), 0), T - 1)
+    length = tl.load(chunks + n_chunks + n)
+    return t, tl.maximum(tl.minimum(length, tl.minimum(T - t, L)), 0)
+
+
+@triton.jit
 def chunk_span(chunks, n, n_chunks, T, L: tl.constexpr, PACKED: tl.constexpr):
     """Chunk n's first token, how many tokens from there on may be written, and the end of those that may be read.
 
     An unused chunk has none; of it, as of an empty sequence, one may be read.
     """
     if PACKED:
-        t = tl.load(chunks + n)
-        length = tl.load(chunks + n_chunks + n)
+        t, length = _tokens_of(chunks, n, n_chunks, T, L)
         end = t + tl.maximum(length, 1)
     else:
         t = n * L
@@ -32,20 +39,39 @@ def chunk_span(chunks, n, n_chunks, T, L: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def sequence_span(chunks, sequence, n_chunks, T, PACKED: tl.constexpr):
-    """A sequence's first chunk and the end of its chunks, its first token and the end of its tokens."""
+def sequence_span(chunks, sequence, n_chunks, T, L: tl.constexpr, PACKED: tl.constexpr):
+    """A sequence's first chunk and the end of its chunks, its first token and the end of its tokens.
+
+    Inside [0, n_chunks] and [0, T], whatever the table holds. An empty sequence has one chunk without tokens.
+    """
     if PACKED:
         p_first = chunks + 3 * n_chunks + sequence
-        first = tl.load(p_first)
-        stop = tl.load(p_first + 1)
-        t = tl.load(chunks + first)
-        end = tl.load(chunks + stop - 1) + tl.load(chunks + n_chunks + stop - 1)
+        first = tl.minimum(tl.maximum(tl.load(p_first), 0), n_chunks - 1)
+        stop = tl.minimum(tl.maximum(tl.load(p_first + 1), first + 1), n_chunks)
+        t, _ = _tokens_of(chunks, first, n_chunks, T, L)
+        last, length = _tokens_of(chunks, stop - 1, n_chunks, T, L)
+        end = last + length
     else:
         first = 0
         stop = n_chunks
         t = 0
         end = T
     return first, stop, t, end
+
+
+@triton.jit
+def end_of_walk(first, stop, t_first, t_end, PACKED: tl.constexpr):
+    """The end of chunks to walk along: none of an empty sequence, whose one token to read is its neighbour's."""
+    if PACKED:
+        stop = tl.where(t_end > t_first, stop, first)
+    return stop
+
+
+@triton.jit
+def chunk_sequence(chunks, n, n_chunks, sequences):
+    """The packed sequence that chunk n belongs to; -1 for an unused chunk, and where the table holds no sequence."""
+    sequence = tl.load(chunks + 2 * n_chunks + n)
+    return tl.where(sequence < sequences, sequence, -1)
 
 
 @triton.jit(do_not_specialize_on_alignment=["T", "sequences"])

@@ -15,7 +15,7 @@ from .common import (
     operand,
     state_weight,
 )
-from .packing import chunk_count, sequence_span
+from .packing import chunk_count, end_of_walk, sequence_span
 from .segments import FOLLOW, LAST, ONE, SUM, segment_chunks, state_before, sums_offset
 from .tiles import load_state, load_tokens, load_vector, state_view, store_state, store_vector, token_view
 
@@ -117,7 +117,7 @@ def state_scan(
         rank = (state % count).to(tl.int32) + (SEGMENTS == FOLLOW and not PACKED)
         state = state // count
     head = state % H if PACKED else state
-    begin, finish, t_first, t_end = sequence_span(chunks, state // H, n_chunks, T, PACKED)
+    begin, finish, t_first, t_end = sequence_span(chunks, state // H, n_chunks, T, L, PACKED)
     first = begin
     stop = finish
     others = 0
@@ -170,7 +170,8 @@ def state_scan(
     left = tl.full([], 1.0, tl.float32)
     end = tl.maximum(t_end, t_first + 1)  # of what may be read
 
-    for step in range(first * PER, stop * PER):
+    walk_end = end_of_walk(first, stop, t_first, t_end, PACKED)
+    for step in range(first * PER, walk_end * PER):
         n = step // PER
         if BACKWARD:
             n = begin + finish - 1 - n
