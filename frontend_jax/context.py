@@ -18,8 +18,9 @@ from kernels_triton.options import check_flag
 from kernels_triton.reference import log_sigmoid
 from kernels_triton.validation import FORWARD_MODE, check_call, check_segments, no_packed_segments
 
+from .arrays import architecture_of, describe, platform_of
 from .executor import varying
-from .operator import NAMES, Arrays, States, Static, apply, architecture_of, describe, platform_of, reference_call
+from .operator import NAMES, Arrays, States, Static, apply, reference_call
 from .sharding import run_batched
 
 STATES = NAMES[5:]

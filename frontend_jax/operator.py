@@ -10,62 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Float32, Int, Int32
+from jaxtyping import Float, Float32, Int
 
 from kernels_triton import packing, reference
 from kernels_triton.backend import choose_backend
 from kernels_triton.options import check_flag
-from kernels_triton.problem import Problem, architecture
-from kernels_triton.validation import FORWARD_MODE, ArrayInfo, check_call
+from kernels_triton.packing import ChunkTable
+from kernels_triton.problem import Problem
+from kernels_triton.validation import FORWARD_MODE, check_call
 
+from .arrays import architecture_of, describe, platform_of
 from .executor import varying
 from .explicit import as_q_is_split, explicit_mesh
+from .packing import check_known_offsets, packed_arguments
 from .sharding import run_batched
 
 States = tuple[Float32[Array, "B H K V"], Float32[Array, "B H K"], Float32[Array, "B H"]]
 NAMES = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial")
 PACKED = ("cu_seqlens", "chunks")  # for packed sequences: their offsets, their chunk table
 Arrays = dict[str, Array]
-
-
-def describe(name: str, x: Any) -> ArrayInfo | None:
-    """An array's facts for the shared checks. JAX itself refuses arrays of different devices."""
-    if x is None:
-        return None
-    if isinstance(x, Array):
-        return ArrayInfo(tuple(x.shape), str(x.dtype), "")
-    if not isinstance(x, np.ndarray) and not hasattr(x, "__jax_array__"):
-        raise TypeError(f"{name}: expected a jax.Array, got {type(x).__name__}")
-    # What JAX will make of it: without jax_enable_x64 nothing has 64 bits.
-    return ArrayInfo(tuple(x.shape), str(jax.dtypes.canonicalize_dtype(x.dtype)), "")
-
-
-def check_known_offsets(cu_seqlens: Any, T: int) -> None:
-    """Raises ValueError where offsets are wrong and it can be seen without waiting for a device: NumPy's."""
-    if isinstance(cu_seqlens, np.ndarray):
-        packing.check_offsets(cu_seqlens.tolist(), T)
-
-
-def device_of(x: Any) -> Any:
-    """Where x is computed: its device, or under a transformation the default device (or its platform's name)."""
-    devices = None if isinstance(x, jax.core.Tracer) or not isinstance(x, Array) else x.devices()
-    default = getattr(jax.config, "jax_default_device", None)
-    return next(iter(devices)) if devices else default or jax.devices()[0]
-
-
-def architecture_of(x: Any) -> str:
-    """The architecture of x's device, as the tables of tile sizes know it."""
-    return architecture(str(getattr(device_of(x), "compute_capability", "")))
-
-
-def platform_of(x: Any) -> str:
-    """The platform of x's device."""
-    device = device_of(x)
-    if isinstance(device, str):
-        return device
-    if device.platform != "gpu":
-        return device.platform
-    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +188,7 @@ def mlstm_chunkwise(
     input_gate: Literal["exponential", "sigmoid"] = "exponential",
     normalize: bool = True,
     cu_seqlens: Int[Array, " offsets"] | None = None,
-    chunk_table: Int32[Array, " table"] | None = None,
+    chunk_table: ChunkTable | None = None,
     backend: Literal["triton", "interpret", "reference", "auto"] = "auto",
 ) -> Float[Array, "B _ _ V"] | tuple[Float[Array, "B _ _ V"], States]:
     """The mLSTM over a whole sequence, chunk by chunk, differentiable in all eight arrays.
@@ -260,7 +223,10 @@ def mlstm_chunkwise(
             cu_seqlens[s] to cu_seqlens[s + 1] - 1, perhaps none. States are (N, H, ...) then, one per sequence. Checked
             where they are a NumPy array; elsewhere offsets that do not go from 0 to T, or go down, give wrong
             results.
-        chunk_table: `make_chunk_table(cu_seqlens, T, chunk_size)`, for several calls; without it each makes its own.
+        chunk_table: `make_chunk_table(cu_seqlens, T, chunk_size)`, to share between calls; without it each makes its
+            own. cu_seqlens may then be None. One made for another T, chunk_size or number of sequences is refused, as
+            are cu_seqlens on the host that are not the table's; where they differ on a device or are traced, all
+            results are NaN.
         backend: "triton" (CUDA or ROCm device), "interpret" (the same kernels on a CPU under TRITON_INTERPRET=1, slow),
             "reference" (native operations, any device), "auto" (triton on a GPU, else reference).
 
@@ -284,5 +250,6 @@ def mlstm_chunkwise(
         "normalize": normalize,
         "backend": backend,
     }
-    arrays = (q, k, v, i, f, c_initial, n_initial, m_initial, cu_seqlens, chunk_table)
+    offsets, table, i = packed_arguments(cu_seqlens, chunk_table, q, i, chunk_size, layout)
+    arrays = (q, k, v, i, f, c_initial, n_initial, m_initial, offsets, table)
     return apply(arrays, return_last_states, options)

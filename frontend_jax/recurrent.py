@@ -13,17 +13,9 @@ from kernels_triton.backend import choose_backend
 from kernels_triton.options import check_flag
 from kernels_triton.validation import check_step
 
+from .arrays import architecture_of, describe, platform_of
 from .executor import varying
-from .operator import (
-    NAMES,
-    States,
-    Static,
-    apply,
-    architecture_of,
-    call,
-    describe,
-    platform_of,
-)
+from .operator import NAMES, States, Static, apply, call
 
 STEP = ("q", "k", "v", "i", "f", "c", "n", "m")
 

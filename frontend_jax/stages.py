@@ -11,8 +11,8 @@ from jax import Array
 from kernels_triton.backend import choose_backend, interpreting
 from kernels_triton.stage_api import StageFunctions
 
+from .arrays import architecture_of, describe, platform_of
 from .executor import run
-from .operator import architecture_of, describe, platform_of
 
 __all__ = [
     "_mlstm_chunkwise__parallel_bw_dQKV",

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from jaxtyping import Float, Float32, Int, Int32
+from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
-from kernels_triton import packing
 from kernels_triton.options import check_flag
-from kernels_triton.problem import OFFSET_DTYPES
+from kernels_triton.packing import ChunkTable
 
 from . import library
 from .adapter import run_kernels
 from .calls import Tensors, settle
+from .packing import packed_arguments
 from .reference import run_reference
-from .tensors import dtype_name
 
 States = tuple[Float32[Tensor, "B H K V"], Float32[Tensor, "B H K"], Float32[Tensor, "B H"]]
-
-
-def host_checked(cu_seqlens: Tensor | None, q: Any, layout: str) -> Tensor | None:
-    """Offsets on q's device; checked first where the host can read them without waiting for a GPU."""
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.device.type != "cpu" or not isinstance(q, Tensor):
-        return cu_seqlens
-    if not library.is_plain((cu_seqlens,)):
-        return cu_seqlens.to(q.device, non_blocking=True)
-    offsets = cu_seqlens.dim() == 1 and len(cu_seqlens) > 1 and dtype_name(cu_seqlens.dtype) in OFFSET_DTYPES
-    if offsets and q.dim() == 4 and layout == "bthd":  # of other things than offsets `check_call` speaks
-        packing.check_offsets(cu_seqlens.tolist(), q.shape[1])
-    return cu_seqlens.to(q.device, non_blocking=True)
 
 
 def apply(tensors: Tensors, last: bool, options: dict[str, Any], form: str = "chunkwise") -> tuple[Tensor, Any]:
@@ -66,7 +53,7 @@ def mlstm_chunkwise(
     input_gate: Literal["exponential", "sigmoid"] = "exponential",
     normalize: bool = True,
     cu_seqlens: Int[Tensor, " offsets"] | None = None,
-    chunk_table: Int32[Tensor, " table"] | None = None,
+    chunk_table: ChunkTable | None = None,
     backend: Literal["triton", "interpret", "reference", "auto"] = "auto",
 ) -> Float[Tensor, "B _ _ V"] | tuple[Float[Tensor, "B _ _ V"], States]:
     """The mLSTM over a whole sequence, chunk by chunk, differentiable in all eight arrays.
@@ -101,7 +88,9 @@ def mlstm_chunkwise(
             cu_seqlens[s] to cu_seqlens[s + 1] - 1, perhaps none. States are (N, H, ...) then, one per sequence. Checked
             where they are on the host; elsewhere offsets that do not go from 0 to T, or go down, give wrong
             results.
-        chunk_table: `make_chunk_table(cu_seqlens, T, chunk_size)`, for several calls; without it each makes its own.
+        chunk_table: `make_chunk_table(cu_seqlens, T, chunk_size)`, to share between calls; without it each makes its
+            own. cu_seqlens may then be None. One made for another T, chunk_size or number of sequences is refused, as
+            are cu_seqlens on the host that are not the table's; where they differ on a GPU, all results are NaN.
         backend: "triton" (CUDA or ROCm device), "interpret" (the same kernels on a CPU under TRITON_INTERPRET=1, slow),
             "reference" (native operations, any device), "auto" (triton on a GPU, else reference).
 
@@ -123,6 +112,7 @@ def mlstm_chunkwise(
         "normalize": normalize,
         "backend": backend,
     }
-    tensors = (q, k, v, i, f, c_initial, n_initial, m_initial, host_checked(cu_seqlens, q, layout), chunk_table)
+    offsets, table, i = packed_arguments(cu_seqlens, chunk_table, q, i, chunk_size, layout)
+    tensors = (q, k, v, i, f, c_initial, n_initial, m_initial, offsets, table)
     h, last = apply(tensors, return_last_states, options)
     return (h, last) if return_last_states else h

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import array_api_compat
@@ -18,6 +19,27 @@ Array = Any
 
 BLOCK = 128  # chunks that one program of the chunk table's kernel finds
 CLOSED, OPEN = -1e30, 1e30  # gates' pre-activations of a token that adds nothing and forgets nothing
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkTable:
+    """Which tokens each chunk of packed sequences has, and what that was found for: `make_chunk_table` makes it.
+
+    table: int32 (`table_size` elements), as the kernels read it. cu_seqlens: (N + 1,), the offsets it was made from, in
+    memory that nobody else writes. T: tokens of all sequences. chunk_size: tokens per chunk.
+    source: in PyTorch, whose tensors can change in place, the tensor that cu_seqlens is a copy of and its version then.
+    """
+
+    table: Array
+    cu_seqlens: Array
+    T: int
+    chunk_size: int
+    source: tuple[Array, int] | None = None
+
+    @property
+    def sequences(self) -> int:
+        """N."""
+        return self.cu_seqlens.shape[0] - 1
 
 
 def packed_chunks(T: int, sequences: int, L: int) -> int:
@@ -58,6 +80,13 @@ def check_offsets(offsets: Sequence[int], T: int) -> None:
     for s, (start, stop) in enumerate(itertools.pairwise(offsets)):
         if stop < start:
             raise ValueError(f"cu_seqlens: expected offsets that never go down, got {start}, {stop} at sequence {s}")
+
+
+def check_same_offsets(given: Sequence[int], made_for: Sequence[int]) -> None:
+    """Raises ValueError where a call's offsets are not those of its chunk table."""
+    for s, (x, y) in enumerate(zip(given, made_for, strict=True)):
+        if x != y:
+            raise ValueError(f"cu_seqlens: expected the offsets of the chunk_table, {y} at {s}, got {x}")
 
 
 def cu_seqlens_from_document_ids(ids: Array, num_documents: int | None) -> Array:

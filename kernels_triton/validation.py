@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .options import check_chunk_size, check_flag, number, one_of
-from .packing import table_size
+from .packing import ChunkTable, table_size
 from .problem import (
     BACKENDS,
     C_DTYPES,
@@ -107,7 +107,7 @@ def _packed(infos: Mapping[str, ArrayInfo], layout: str, B: int, T: int, chunk_s
     """The number of packed sequences; 0 where the batch is none."""
     table = infos.get("chunk_table")
     if "cu_seqlens" not in infos:
-        if table is not None:
+        if table is not None:  # of a registered operator alone: a ChunkTable has its offsets
             raise ValueError("chunk_table: expected None without cu_seqlens, got a table")
         return 0
     offsets = infos["cu_seqlens"]
@@ -260,6 +260,28 @@ def check_table(cu_seqlens: ArrayInfo | None, T: int, chunk_size: int) -> tuple[
     if not sequences:
         raise TypeError("cu_seqlens: expected an array, got None")
     return min(chunk_size, LONGEST_CHUNK), sequences
+
+
+def check_given_table(
+    table: Any, q: tuple[int, ...], chunk_size: Any, layout: Any, cu_seqlens: tuple[int, ...] | None
+) -> None:
+    """Raises unless a call's chunk table was made for its length, its chunks and its number of sequences.
+
+    q, cu_seqlens: their shapes; those of a wrong rank are left to `check_call`, as is the layout.
+    """
+    if not isinstance(table, ChunkTable):
+        raise TypeError(f"chunk_table: expected a ChunkTable (of make_chunk_table), got {type(table).__name__}")
+    check_chunk_size(chunk_size)
+    if chunk_size is None:
+        raise ValueError(f"chunk_size: expected that of the chunk_table, {table.chunk_size}, got None")
+    L = min(chunk_size, LONGEST_CHUNK)
+    if table.chunk_size != L:
+        raise ValueError(f"chunk_table: expected one made for chunk_size = {L}, got one for {table.chunk_size}")
+    if len(q) == 4 and layout == "bthd" and table.T != q[1]:
+        raise ValueError(f"chunk_table: expected one made for T = {q[1]}, got one for T = {table.T}")
+    if cu_seqlens is not None and len(cu_seqlens) == 1 and cu_seqlens[0] != table.sequences + 1:
+        N = cu_seqlens[0] - 1
+        raise ValueError(f"chunk_table: expected one made for N = {N} sequences, got one for N = {table.sequences}")
 
 
 def check_step(

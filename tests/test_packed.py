@@ -1,8 +1,10 @@
 """Packed sequences: each as if it were alone, of any length, in both frontends."""
 
+import functools
 import itertools
 
 import array_api_compat
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -118,13 +120,77 @@ def test_bad_company(framework, backend):
     with pytest.raises(ValueError, match=r"c_initial: expected shape \(N, H, K, V\) = \(2, "):
         call(framework, packed_case((4,)), backend, np.array([0, 2, 4]))
     case = packed_case((4,), states=False)
-    table = MODULES[framework].make_chunk_table(
-        torch.tensor([0, 4]) if framework == "torch" else jnp.array([0, 4]), 4, 16, backend=backend
-    )
-    with pytest.raises(ValueError, match="chunk_size: expected that of the chunk_table, got None"):
+    table = make_table(framework, backend, [0, 4], 4)
+    with pytest.raises(ValueError, match="chunk_size: expected that of the chunk_table, 16, got None"):
         call(framework, case, backend, np.array([0, 4]), chunk_table=table, chunk_size=None)
-    with pytest.raises(ValueError, match=r"chunk_table: expected shape .* = \(9,\), got \(5,\)"):
-        call(framework, case, backend, np.array([0, 2, 4]), chunk_table=table)
+
+
+def make_table(framework, backend, offsets, T, chunk_size=16):
+    convert = torch.tensor if framework == "torch" else np.array
+    return MODULES[framework].make_chunk_table(convert(offsets), T, chunk_size, backend=backend)
+
+
+OTHERS = {  # what a table was made for, where the call has lengths (5, 0, 20) in chunks of 16
+    "T": ([0, 5, 5, 26], 26, 16, r"chunk_table: expected one made for T = 25, got one for T = 26"),
+    "chunk": ([0, 5, 5, 25], 25, 32, r"chunk_table: expected one made for chunk_size = 16, got one for 32"),
+    "N": ([0, 5, 25], 25, 16, r"chunk_table: expected one made for N = 3 sequences, got one for N = 2"),
+    "offsets": ([0, 6, 6, 25], 25, 16, r"cu_seqlens: expected the offsets of the chunk_table, 6 at 1, got 5"),
+}
+
+
+@pytest.mark.parametrize("offsets, T, chunk_size, text", OTHERS.values(), ids=OTHERS)
+def test_a_table_of_another_call_is_refused(framework, backend, offsets, T, chunk_size, text):
+    table = make_table(framework, backend, offsets, T, chunk_size)
+    with pytest.raises(ValueError, match=text):
+        call(framework, packed_case((5, 0, 20)), backend, np.array([0, 5, 5, 25]), chunk_table=table)
+
+
+def test_a_raw_table_is_refused(framework, backend):
+    table = make_table(framework, backend, [0, 4], 4).table
+    with pytest.raises(TypeError, match=r"chunk_table: expected a ChunkTable \(of make_chunk_table\), got "):
+        call(framework, packed_case((4,)), backend, np.array([0, 4]), chunk_table=table)
+
+
+def test_offsets_that_change_after_the_table(framework, backend):
+    """The table stays that of the old ones; with the new ones it is refused, though they are the same array."""
+    case = packed_case((5, 3), H=1, states=False, cotangents=("h",))
+    kind = torch.tensor if framework == "torch" else np.array
+    offsets = kind([0, 5, 8])
+    module = MODULES[framework]
+    table = module.make_chunk_table(offsets, 8, 16, backend=backend)
+    arrays = {n: to_torch(x) if framework == "torch" else x for n, x in case.arrays.items()}
+    options = {**case.options, "backend": backend, "chunk_table": table}
+    before = module.mlstm_chunkwise(**arrays, **options, cu_seqlens=offsets)
+    offsets[1] = 4
+    with pytest.raises(ValueError, match="cu_seqlens: expected the offsets of the chunk_table, 5 at 1, got 4"):
+        module.mlstm_chunkwise(**arrays, **options, cu_seqlens=offsets)
+    assert np.array_equal(np.asarray(before), np.asarray(module.mlstm_chunkwise(**arrays, **options)))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")  # the reference's
+@pytest.mark.parametrize("same", [True, False], ids=["same", "other"])
+def test_offsets_that_only_the_device_sees(framework, backend, same):
+    """Other offsets than the table's: nothing but NaN comes out, of the gradients too."""
+    case = packed_case((9, 8), H=1, states=False, cotangents=("h",))
+    table = make_table(framework, backend, [0, 9, 17] if same else [0, 8, 17], 17)
+    offsets = np.array([0, 9, 17])
+    arrays, dh = case.arrays, case.cotangents["h"]
+    if framework == "torch":
+        arrays, offsets, dh = {n: to_torch(x) for n, x in arrays.items()}, torch.tensor(offsets), to_torch(dh)
+    function = functools.partial(MODULES[framework].mlstm_chunkwise, **case.options, backend=backend)
+
+    def traced(offsets, table, arrays):
+        return function(**arrays, cu_seqlens=offsets, chunk_table=table)
+
+    if framework == "torch":
+        torch._dynamo.reset()
+        leaves = {n: x.requires_grad_() for n, x in arrays.items()}
+        h = torch.compile(traced, fullgraph=True, backend="aot_eager")(offsets, table, leaves)
+        got = [h.detach(), *torch.autograd.grad(h, leaves.values(), dh)]
+    else:
+        h, pullback = jax.vjp(lambda x: jax.jit(traced)(offsets, table, x), arrays)
+        got = [h, *pullback(dh)[0].values()]
+    assert all((np.isfinite(x) if same else np.isnan(x)).all() for x in map(np.asarray, got))
 
 
 def test_chunk_table(framework, backend):
@@ -134,16 +200,17 @@ def test_chunk_table(framework, backend):
     offsets = np.array([0, *itertools.accumulate(lengths)])
     given = to_torch(offsets) if framework == "torch" else jnp.asarray(offsets)
     table = MODULES[framework].make_chunk_table(given, 25, 16, backend=backend)
+    assert (table.T, table.chunk_size, table.sequences) == (25, 16, 3)
+    assert np.asarray(table.cu_seqlens).tolist() == offsets.tolist()
+    raw = np.asarray(table.table)
     if backend != "reference":
-        first, length, sequence = np.asarray(table)[: 3 * 4].reshape(3, 4)
+        first, length, sequence = raw[: 3 * 4].reshape(3, 4)
         assert first[:4].tolist()[:1] + first[2:].tolist() == [0, 5, 21]
         assert (length.tolist(), sequence.tolist()) == ([5, 0, 16, 4], [0, 1, 2, 2])
-        assert np.asarray(table)[12:].tolist() == [0, 1, 2, 4]
-    via = with_offsets(lengths)
-    same_bits(
-        run(framework, case, backend, via),
-        run(framework, case.but(chunk_table=table), backend, via),
-    )
+        assert raw[12:].tolist() == [0, 1, 2, 4]
+    via, expected = with_offsets(lengths), run(framework, case, backend, with_offsets(lengths))
+    same_bits(expected, run(framework, case.but(chunk_table=table), backend, via))
+    same_bits(expected, run(framework, case.but(chunk_table=table), backend))  # whose offsets are in it
 
 
 @pytest.mark.parametrize("ids, want", [([3, 3, 7, 7, 7, 3], [0, 2, 5, 6]), ([4], [0, 1]), ([1, 1], [0, 2])])

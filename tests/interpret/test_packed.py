@@ -43,7 +43,7 @@ def test_bad_offsets_stay_inside(framework, backend, offsets):
     table = (
         torch.ops.mlstm_dual.chunk_table(torch.tensor(offsets), 17, 16, backend)
         if framework == "torch"
-        else frontend_jax.make_chunk_table(jnp.array(offsets, jnp.int32), 17, 16, backend=backend)
+        else frontend_jax.make_chunk_table(jnp.array(offsets, jnp.int32), 17, 16, backend=backend).table
     )
     NT = 17 // 16 + 3
     table = np.asarray(table)
