@@ -23,6 +23,11 @@ def log_sigmoid(xp: Any, x: Array) -> Array:
     return -xp.logaddexp(xp.zeros_like(x), -x)
 
 
+def _finite(xp: Any, m: Array) -> Array:
+    """A stabiliser as a scale: 0 for that of -inf, while nothing has a weight."""
+    return xp.where(m > -float("inf"), m, xp.zeros_like(m))
+
+
 def _normaliser(
     xp: Any, eps: float, normalize: bool, normalizer_grad: str, stop_gradient: StopGradient
 ) -> Callable[[Array, Array, Array], Array]:
@@ -67,15 +72,16 @@ def recurrent(
     hs = []
     for t in range(q.shape[2]):
         m_new = xp.zeros_like(m) if sigmoid else xp.maximum(log_f[:, :, t] + m, i[:, :, t])
-        keep = xp.exp(log_f[:, :, t] - (m_new - m))  # stabilisers are large, and their difference is exact
-        add = xp.exp(i[:, :, t] - m_new)
+        scale_m = _finite(xp, m_new)
+        keep = xp.exp(log_f[:, :, t] - (scale_m - m))  # stabilisers may be large, but their difference is exact
+        add = xp.exp(i[:, :, t] - scale_m)
         k_t, v_t, q_t = k[:, :, t, :], v[:, :, t, :], q[:, :, t, :] * scale
         c = keep[:, :, None, None] * c + add[:, :, None, None] * k_t[:, :, :, None] * v_t[:, :, None, :]
         n = keep[:, :, None] * n + add[:, :, None] * k_t if normalize else n
         m = m_new
         # h does not depend on how (c, n, m) is scaled: m is a constant here, and `one` carries what that leaves out.
         m_const = stop_gradient(m)
-        one = xp.exp(m - m_const)
+        one = xp.exp(scale_m - stop_gradient(scale_m))
         num = xp.sum(q_t[:, :, :, None] * c, axis=2) * one[:, :, None]
         r = xp.sum(q_t * n, axis=2) * one
         hs.append(normalised(num, r, m_const))
@@ -145,17 +151,19 @@ def chunkwise(
         if not sigmoid:
             m_row = stop_gradient(xp.maximum(b + m[..., None], xp.max(log_d, axis=-1)))  # h is independent of it
         # Gates and stabilisers may be large: their differences first, which are exact, then the sums of log f.
-        weights = xp.where(causal, passed - (m_row[..., None] - i_c[..., None, :]), log_d)
+        scale_row = _finite(xp, m_row)
+        weights = xp.where(causal, passed - (scale_row[..., None] - i_c[..., None, :]), log_d)
         s = (q_c @ xp.matrix_transpose(k_c)) * scale * xp.exp(weights)
-        from_state = xp.exp(b - (m_row - m[..., None])) * scale
+        from_state = xp.exp(b - (scale_row - m[..., None])) * scale
         num = s @ v_c + from_state[..., None] * (q_c @ c)
         r = xp.sum(s, axis=-1) + from_state * xp.sum(q_c * n[..., None, :], axis=-1)
         h = normalised(num, r, m_row)
 
         total, after_token = b[..., -1], passed[..., -1, :]
         m_new = xp.zeros_like(m) if sigmoid else xp.maximum(total + m, xp.max(after_token + i_c, axis=-1))
-        keep = xp.exp(total - (m_new - m))
-        k_a = k_c * xp.exp(after_token - (m_new[..., None] - i_c))[..., None]
+        scale_new = _finite(xp, m_new)
+        keep = xp.exp(total - (scale_new - m))
+        k_a = k_c * xp.exp(after_token - (scale_new[..., None] - i_c))[..., None]
         c = keep[..., None, None] * c + xp.matrix_transpose(k_a) @ v_c
         n = keep[..., None] * n + xp.sum(k_a, axis=-2) if normalize else n
         return (c, n, m_new), h

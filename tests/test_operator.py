@@ -187,3 +187,18 @@ def test_an_initial_state_of_no_weight_with_the_sigmoid_gate(framework, backend)
         got = run(framework, case, backend, via)
         assert not got["m_last"].any()
         check(got, case, like=case.replacing(m_initial=np.full_like(case.arrays["m_initial"], -300.0)))
+
+
+@pytest.mark.parametrize("operator", ["mlstm_chunkwise", "mlstm_recurrent"])
+def test_h_is_0_while_nothing_has_a_weight(framework, backend, operator):
+    """An initial state of no weight, and input gates that are closed: padding on the left, say."""
+    case = make_case(H=1, T=21, **({"chunk_size": 16} if operator == "mlstm_chunkwise" else {}))
+
+    def closed(value):
+        i = case.arrays["i"].copy()
+        i[:, :, :18] = value
+        return case.replacing(i=i, m_initial=np.full_like(case.arrays["m_initial"], value))
+
+    got = run(framework, closed(-np.inf), backend, operator=operator)
+    assert not got["h"][:, :, :18].any()
+    check(got, case, like=closed(-3000.0))

@@ -133,7 +133,7 @@ def fused_forward(
         b_k = load_tokens(token_view(k, k_sb, k_sh, k_st, head, t, end, H, UNIT, SOURCE), 0, 0, BT, K, BK, SOURCE)
         b_v = load_tokens(token_view(v, v_sb, v_sh, v_st, head, t, end, H, UNIT, SOURCE), 0, v0, BT, V, BV, SOURCE)
         # log2 of the state's scale before and after these tokens: gamma and 0 at a chunk's ends, inside it the largest
-        # a so far, that of the last token (0 while no token has counted).
+        # a so far, that of the last token.
         g_hi, g_lo = load_pair(gamma, gamma_low, o_chunk, True)
         e_hi = 0.0
         e_lo = 0.0
@@ -142,9 +142,8 @@ def fused_forward(
             g_hi = tl.where(within > 0, a_hi, g_hi)
             g_lo = tl.where(within > 0, a_lo, g_lo)
             e_hi, e_lo = load_pair(a, a_low, o_row + BT - 1, True)
-            at_zero = (within == L - BT) | (e_hi == float("-inf"))
-            e_hi = tl.where(at_zero, 0.0, e_hi)
-            e_lo = tl.where(at_zero, 0.0, e_lo)
+            e_hi = tl.where(within == L - BT, 0.0, e_hi)
+            e_lo = tl.where(within == L - BT, 0.0, e_lo)
         if SAVE:
             if within == 0:
                 store_state((states + o_chunk * K * V,), b_state, 0, v0, K, V, BK, BV, POINTERS)

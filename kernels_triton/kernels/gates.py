@@ -10,6 +10,8 @@ from .packing import chunk_count, sequence_span
 # The largest jump of a stabiliser, in natural-log units, that stays as it is. Weights of 2**-256 are 0 in float32, and
 # times 1 / d, which eps = 0 lets reach 2**127, still far below any digit of the row's own weight.
 MAX_JUMP = tl.constexpr(256 * 0.6931471805599453)
+# The stabiliser of rows that nothing has a weight in, as a finite number: minus infinity less itself would be NaN.
+NO_WEIGHT = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -223,6 +225,7 @@ def gates_forward(
         o_row = head * padded + row
         origin = tl.where(end > NEG_INF, end, 0.0)
         store_pair(c, c_low, o_row, (b_c - origin[:, None]) * LOG2E, m_row)
+        b_a = tl.where(b_a > NEG_INF, b_a, NO_WEIGHT)
         store_pair(a, a_low, o_row, (b_a - origin[:, None]) * LOG2E, m_row)
         store_pair(gamma, gamma_low, head * n_chunks + n, (begin - origin) * LOG2E, m_n)
         tl.store(floor + o_row, tl.exp(-b_m).to(tl.float32), mask=m_row)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import cast
+from .common import NEG_INF, cast
 from .gates_sums import log_forget
 from .tiles import contiguous_rows, load_vector, store_vector
 
@@ -73,9 +73,10 @@ def recurrent(
             m = tl.full([], 0.0, tl.float32)
         else:
             m = tl.maximum(before, log_i).to(tl.float32)
-        # Of the rounded m: what rounding takes from it, the state keeps.
-        keep = tl.exp(before - m.to(tl.float64)).to(tl.float32)
-        b_k *= tl.exp(log_i - m.to(tl.float64)).to(tl.float32)
+        # Of the rounded m: what rounding takes from it, the state keeps. While nothing has a weight m is -inf.
+        scale = tl.where(m > NEG_INF, m, 0.0).to(tl.float64)
+        keep = tl.exp(before - scale).to(tl.float32)
+        b_k *= tl.exp(log_i - scale).to(tl.float32)
         b_c = b_c * keep + b_k[:, None] * b_v[None, :]
         b_h = tl.sum(b_c * b_q[:, None], 0)
         if NORMALIZE:
