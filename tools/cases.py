@@ -52,6 +52,8 @@ class Case:
     V: int = 32
     dtype: str = "float32"  # of q, k, v, h
     gate_dtype: str = "float32"  # of i, f
+    f_dtype: str = ""  # of f, if it is not that of i
+    c_dtype: str = "float32"  # of C, before and after; the token-by-token forms take bfloat16 too
     layout: str = "bhtd"
     strided: bool = False  # torch: q, k, v are views; bhtd: of (B, T, H, D) memory, bthd: slices of wider rows
     initial: bool = False  # initial states are given
@@ -70,6 +72,8 @@ class Case:
     documents: bool = False  # the forget gate closes every DOCUMENT tokens
     form: str = "chunkwise"  # or "recurrent", or "step" for one token
     lengths: tuple[int, ...] = ()  # of packed sequences, T tokens together; B is 1, the layout bthd
+    table: bool = False  # packed sequences come with their chunk table, in chunks of chunk_size
+    gradients: bool = True  # False: a forward pass alone, as in inference
     gpu: bool = False  # too large for the interpreter
 
     def __post_init__(self) -> None:
@@ -86,7 +90,7 @@ class Case:
     @property
     def driven(self) -> tuple[str, ...]:
         """The outputs that get a cotangent."""
-        return self.cotangents or self.outputs
+        return self.cotangents or self.outputs if self.gradients else ()
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -112,7 +116,11 @@ class Case:
 
     def dtype_of(self, name: str) -> str:
         """The dtype of an input or output."""
-        return self.gate_dtype if name in ("i", "f") else "float32" if "_" in name else self.dtype
+        if name in ("i", "f"):
+            return self.f_dtype or self.gate_dtype if name == "f" else self.gate_dtype
+        if name in ("c_initial", "c_last"):
+            return self.c_dtype
+        return "float32" if "_" in name else self.dtype
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -158,6 +166,11 @@ GATE_DTYPES = (("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float16", "f
 CHUNKS = (16, 32, 128, 256, 512)
 HEADS = ((1, 1), (1, 16), (5, 48), (17, 33), (72, 136))
 GPU_HEADS = ((64, 64), (128, 128), (128, 256), (256, 512))
+# Heads that the assembler of CUDA 12.8 made wrong kernels for, silently; random calls found them (docs/fuzz.md).
+GPU_ODD_HEADS = (
+    *((256, 105), (128, 257), (160, 129), (156, 97), (256, 495)),
+    *((65, 257), (256, 255), (48, 97), (64, 97), (256, 257)),
+)
 MANY: Mapping[str, Any] = {
     "dtype": "bfloat16",
     "B": 2,
@@ -220,6 +233,8 @@ CASES: tuple[Case, ...] = (
     _states("sigmoid-documents", **SIGMOID, documents=True, H=1, chunk_size=32, i_gate=(0.0, 10.0)),
     # token by token
     *(_states(f"recurrent-{d}", form="recurrent", dtype=d, T=9, K=17) for d in ("float32", "bfloat16")),
+    *(Case(f"forward-{T}", T=T, H=1, dtype="bfloat16", gradients=False) for T in (9, 40)),
+    _states("recurrent-bfloat16-state", form="recurrent", dtype="bfloat16", c_dtype="bfloat16", T=9, K=17),
     _states("recurrent-detached", form="recurrent", T=20, H=1, normalizer_grad="detached"),
     Case("recurrent-bthd", form="recurrent", T=9, layout="bthd", strided=True),
     Case("recurrent-documents", form="recurrent", T=40, H=1, documents=True, last=True),
@@ -235,12 +250,17 @@ CASES: tuple[Case, ...] = (
     _packed("packed-without-states", initial=False, last=False),
     _packed("packed-sigmoid", **SIGMOID),
     _packed("packed-plain-recompute", **PLAIN, save_states=False),
+    _packed("packed-table", table=True),
     _packed("packed-strided", strided=True, lengths=(17, 30)),
     Case("scale-and-eps", T=40, H=1, qk_scale=1.0, eps=1e-2),
     # sizes of real models, on a GPU alone
     *(_gpu(f"gpu-{d}-{K}x{V}", dtype=d, K=K, V=V) for d in ("bfloat16", "float32") for K, V in GPU_HEADS),
     *(_gpu(f"gpu-{d}-detached", dtype=d, K=128, V=256, normalizer_grad="detached") for d in ("bfloat16", "float32")),
     *(_gpu(f"gpu-{d}-long", dtype=d, K=128, V=256, T=4096, f_gate=(5.0, 1.0)) for d in ("bfloat16", "float32")),
+    *(
+        _gpu(f"gpu-odd-{K}x{V}", dtype="bfloat16", K=K, V=V, B=2, T=300, initial=True, last=True)
+        for K, V in GPU_ODD_HEADS
+    ),
     _gpu("gpu-ragged", dtype="bfloat16", K=128, V=256, T=1000, initial=True, last=True),
     _gpu("gpu-ragged-float32", K=100, V=200, T=1000, initial=True, last=True),
     _gpu("gpu-float16", dtype="float16", K=128, V=128, T=1000),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import inspect
 import itertools
@@ -155,7 +156,7 @@ def _named(result: Any, case: Case) -> dict[str, Any]:
         return {"h": result[0] if isinstance(result, tuple) else result}
     h, states = result
     named = dict(zip(LAST, states, strict=True))
-    return {"h": h, **named, "m_last": named["m_last"].reshape(case.shape("m_last"))}
+    return {"h": h, **named, "m_last": named["m_last"].reshape(named["c_last"].shape[:2])}
 
 
 def _results(outputs: Arrays, gradients: Arrays, case: Case) -> Arrays:
@@ -168,9 +169,13 @@ def run_torch(function: Function, options: Mapping[str, Any], case: Case, arrays
     tensors = {n: to_torch(_swap(x, case) if _per_token(n) else x, device) for n, x in arrays.items()}
     if case.strided:
         tensors |= {name: _view(tensors[name], case.layout) for name in ("q", "k", "v")}
-    inputs = {name: tensors[name].requires_grad_() for name in case.inputs}
+    inputs = {name: tensors[name].requires_grad_(case.gradients) for name in case.inputs}
     if case.lengths:
-        options = {**options, "cu_seqlens": torch.tensor(case.offsets, device=device)}
+        offsets = torch.tensor(case.offsets, device=device)
+        options = {**options, "cu_seqlens": offsets}
+        if case.table:
+            make = importlib.import_module("frontend_torch").make_chunk_table
+            options["chunk_table"] = make(offsets, case.T, case.chunk_size, backend=options["backend"])
     outputs = _named(function(**inputs, **options), case)
     driven = [name for name in case.driven if outputs[name].requires_grad]
     gradients: dict[str, Tensor] = {}
@@ -184,24 +189,48 @@ def run_torch(function: Function, options: Mapping[str, Any], case: Case, arrays
     )
 
 
+@functools.lru_cache(maxsize=16)
+def _jax_program(
+    function: Function, options: tuple[tuple[str, Any], ...], last: bool, table: bool, gradients: bool
+) -> Function:
+    """The outputs and gradients of a JAX operator, compiled; kept, so that calls of one shape are traced once."""
+    import jax
+    import jax.numpy as jnp
+
+    def both(inputs: dict[str, Any], cotangents: dict[str, Any], packing: dict[str, Any]) -> Any:
+        if table:
+            make = importlib.import_module("frontend_jax").make_chunk_table
+            given = dict(options)
+            size = (packing["cu_seqlens"], inputs["q"].shape[1], given["chunk_size"])
+            packing = {**packing, "chunk_table": make(*size, backend=given["backend"])}
+        case = Case("", last=last)
+
+        def call(x: dict[str, Any]) -> dict[str, Any]:
+            return _named(function(**x, **packing, **dict(options)), case)
+
+        if not gradients:
+            return call(inputs), {}
+        outputs, pull = jax.vjp(call, inputs)
+        full = {n: cotangents[n].astype(x.dtype) if n in cotangents else jnp.zeros_like(x) for n, x in outputs.items()}
+        return outputs, pull(full)[0]
+
+    return jax.jit(both)
+
+
 def run_jax(function: Function, options: Mapping[str, Any], case: Case, arrays: Arrays, device: str) -> Arrays:
     """Outputs and gradients of a JAX operator, under jax.jit."""
     import jax
     import jax.numpy as jnp
-
-    def both(inputs: dict[str, Any], cotangents: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        outputs, pull = jax.vjp(lambda x: _named(function(**x, **options), case), inputs)
-        full = {n: cotangents[n].astype(x.dtype) if n in cotangents else jnp.zeros_like(x) for n, x in outputs.items()}
-        return outputs, pull(full)[0]
 
     wide = any(x.dtype == np.float64 for x in arrays.values())
     place = jax.devices("cpu" if device == "cpu" else "gpu")[0]
     with jax.default_device(place), jax.enable_x64(True) if wide else contextlib.nullcontext():
         placed = {n: jax.device_put(_swap(x, case) if _per_token(n) else x, place) for n, x in arrays.items()}
         inputs = {name: placed[name] for name in case.inputs}
-        if case.lengths:
-            options = {**options, "cu_seqlens": jnp.asarray(case.offsets, jnp.int32)}
-        outputs, gradients = jax.jit(both)(inputs, {name: placed[f"d_{name}"] for name in case.driven})
+        packing = {"cu_seqlens": jnp.asarray(case.offsets, jnp.int32)} if case.lengths else {}
+        settings = (case.last, bool(case.lengths) and case.table, case.gradients)
+        program = _jax_program(function, tuple(options.items()), *settings)
+        outputs, gradients = program(inputs, {name: placed[f"d_{name}"] for name in case.driven}, packing)
         host = [{name: np.asarray(x) for name, x in part.items()} for part in (outputs, gradients)]
         return _results(host[0], host[1], case)
 
@@ -209,6 +238,7 @@ def run_jax(function: Function, options: Mapping[str, Any], case: Case, arrays: 
 RUN = {"torch": run_torch, "jax": run_jax}
 
 
+@functools.cache
 def frontend(framework: str, form: str = "chunkwise") -> Function:
     """The public operator of a framework; a step as an operator over sequences of one token."""
     module = importlib.import_module(f"frontend_{framework}")
@@ -225,17 +255,27 @@ def frontend(framework: str, form: str = "chunkwise") -> Function:
     return step
 
 
-def truth(case: Case, arrays: Arrays, device: str = "cpu", normalizer_grad: str | None = None) -> Arrays:
-    """Outputs and gradients in float64, from the inputs as they are in the case's dtypes."""
+def truth(
+    case: Case,
+    arrays: Arrays,
+    device: str = "cpu",
+    normalizer_grad: str | None = None,
+    chunk_size: int | None = None,
+) -> Arrays:
+    """Outputs and gradients in float64, from the inputs as they are in the case's dtypes.
+
+    chunk_size: tokens per chunk; None: short sequences token by token, longer ones in chunks of 64.
+    """
     if case.lengths:
-        return _truth_of_each(case, arrays, device, normalizer_grad)
+        return _truth_of_each(case, arrays, device, normalizer_grad, chunk_size)
     states = {name: np.zeros(case.shape(name)) for name in INITIAL} | {n: x for n, x in arrays.items() if n in INITIAL}
     wide = {n: to_torch(x.astype(np.float64), device) for n, x in {**arrays, **states}.items()}
-    inputs = [wide[name].requires_grad_() for name in ("q", "k", "v", "i", "f", *INITIAL)]
+    names = ("q", "k", "v", "i", "f", *INITIAL)
+    inputs = [wide[name].requires_grad_(case.gradients) for name in names]
     run: Function = reference.recurrent
     options: dict[str, Any] = {}
-    if case.T > RECURRENT_UP_TO:
-        run, options = reference.chunkwise, {"chunk_size": 64}
+    if chunk_size or case.T > RECURRENT_UP_TO:
+        run, options = reference.chunkwise, {"chunk_size": chunk_size or 64}
     h, last = run(
         *inputs,
         scale=case.K**-0.5 if case.qk_scale is None else case.qk_scale,
@@ -247,15 +287,20 @@ def truth(case: Case, arrays: Arrays, device: str = "cpu", normalizer_grad: str 
         **options,
     )
     outputs = dict(zip(("h", *LAST), (h, *last), strict=True))
-    loss = sum((outputs[name] * wide[f"d_{name}"]).sum() for name in case.driven)
-    found = torch.autograd.grad(loss, inputs, allow_unused=True)
-    names = ("q", "k", "v", "i", "f", *INITIAL)
-    gradients = {n: torch.zeros_like(x) if g is None else g for n, x, g in zip(names, inputs, found, strict=True)}
     results = {n: from_torch(outputs[n]) for n in case.outputs}
+    if not case.gradients:
+        return results
+    loss = sum((outputs[name] * wide[f"d_{name}"]).sum() for name in case.driven)
+    # The sigmoid gate's last stabiliser is a constant.
+    constant = not (isinstance(loss, Tensor) and loss.requires_grad)
+    found = [None] * len(inputs) if constant else torch.autograd.grad(loss, inputs, allow_unused=True)
+    gradients = {n: torch.zeros_like(x) if g is None else g for n, x, g in zip(names, inputs, found, strict=True)}
     return results | {f"d{n}": from_torch(gradients[n]) for n in case.inputs}
 
 
-def _truth_of_each(case: Case, arrays: Arrays, device: str, normalizer_grad: str | None) -> Arrays:
+def _truth_of_each(
+    case: Case, arrays: Arrays, device: str, normalizer_grad: str | None, chunk_size: int | None
+) -> Arrays:
     """Packed sequences one by one. An empty one is a token that adds nothing and forgets nothing, then left out."""
     N, found = len(case.lengths), []
     for s, (start, stop) in enumerate(itertools.pairwise(case.offsets)):
@@ -264,7 +309,7 @@ def _truth_of_each(case: Case, arrays: Arrays, device: str, normalizer_grad: str
         if stop == start:
             own |= {n: np.zeros((*x.shape[:2], 1, *x.shape[3:])) for n, x in own.items() if _per_token(n)}
             own |= {"i": own["i"] - 1e30, "f": own["f"] + 1e30}
-        results = truth(alone, own, device, normalizer_grad)
+        results = truth(alone, own, device, normalizer_grad, chunk_size)
         found.append({n: x[:, :, : stop - start] if _per_token(n.removeprefix("d")) else x for n, x in results.items()})
     joined = {}
     for name, x in found[0].items():
