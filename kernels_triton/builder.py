@@ -12,6 +12,7 @@ from .kernels import (
     chunk_backward,
     chunk_forward,
     gates_backward,
+    gates_backward_sums,
     gates_forward,
     gates_sums,
     normaliser_backward,
@@ -238,13 +239,24 @@ class Builder(FusedBuilder, RecurrentBuilder):
             **self.arithmetic,
         )
 
-    def gates_gradient(self, has_dlast: bool, has_dm_last: bool) -> Launch:
+    def gates_gradient(self, has_dlast: bool, has_dm_last: bool) -> tuple[Launch, ...]:
         """di, df and the initial stabiliser's gradient. has_dlast: the last state has a cotangent."""
         p = self.p
         fused = self.config.dfused is not None
         key_tiles = 1 if fused else cdiv(p.K, self.config.backward.BK)
         scan_tiles = 1 if fused else self._tiles(backward=True)
-        return self._launch(
+        tile = Tile(0, 0, 0, 0, num_warps=self._token_warps, num_stages=1)
+        sums = has_dlast and not self.sigmoid
+        gains = self._launch(
+            gates_backward_sums,
+            {"rows": "row_sums", "cols": "col_sums", **self.packing},
+            {"gains": ("gains", Spec((p.B, p.H, 3, self.NT), "float32"))},
+            self.heads * self.NT,
+            tile,
+            NKT=key_tiles,
+            PACKED=self.packed,
+        )
+        gradient = self._launch(
             gates_backward,
             {
                 **self._strided("f"),
@@ -256,6 +268,7 @@ class Builder(FusedBuilder, RecurrentBuilder):
                 "outer": "outer",
                 "dm_last": "dm_last" if has_dm_last else None,
                 "picked": "picked",
+                "gains": "gains" if sums else None,
                 **self.packing,
             },
             {
@@ -264,7 +277,7 @@ class Builder(FusedBuilder, RecurrentBuilder):
                 "dm_initial": ("dm_initial", Spec(p.state_heads, "float32")),
             },
             self.heads * self.NT,
-            Tile(0, 0, 0, 0, num_warps=self._token_warps, num_stages=1),
+            tile,
             NKT=key_tiles,
             NW=key_tiles,
             NP=scan_tiles,
@@ -274,3 +287,4 @@ class Builder(FusedBuilder, RecurrentBuilder):
             BTHD=p.layout == "bthd",
             PACKED=self.packed,
         )
+        return (gains, gradient) if sums else (gradient,)

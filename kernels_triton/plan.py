@@ -92,7 +92,7 @@ def backward_pass(
     launches += [
         b.normaliser(factor=b.finds_delta),
         *_backward(b, has_dlast, norms, b.finds_delta),
-        b.gates_gradient(has_dlast, has_dlast),
+        *b.gates_gradient(has_dlast, has_dlast),
     ]
     return Pass(tuple(launches), _read(launches), _gradients(problem))
 
@@ -168,7 +168,7 @@ def segment_backward(problem: Problem, dh_strides: Strides | None = None, has_rh
     has_rho: `dm_last` is what is left of the last stabiliser's cotangent, elsewhere nothing is.
     """
     b = _backward_builder(problem, dh_strides)
-    launches = (*_backward(b, True, problem.normalize), b.gates_gradient(False, has_rho))
+    launches = (*_backward(b, True, problem.normalize), *b.gates_gradient(False, has_rho))
     return Pass(launches, _read(launches), _gradients(problem))
 
 

@@ -212,7 +212,7 @@ def bw(infos: Infos, options: Mapping[str, Any]) -> StageCall:
         b.normaliser(given="d_given" if d_given else "d"),
         *b.state_backward(has_dc_last, False, norms=False),
         b.gradients(norms=False),
-        b.gates_gradient(has_dlast=has_dc_last, has_dm_last=False),
+        *b.gates_gradient(has_dlast=has_dc_last, has_dm_last=False),
     ]
     given = {"m_given": "vecM_out", "m_chunk_given": "scaM_states", "d_given": "vecN_out", "states": "matC_states"}
     given |= {"dc_last": "matDeltaC_last"}

@@ -202,3 +202,15 @@ def test_h_is_0_while_nothing_has_a_weight(framework, backend, operator):
     got = run(framework, closed(-np.inf), backend, operator=operator)
     assert not got["h"][:, :, :18].any()
     check(got, case, like=closed(-3000.0))
+
+
+@pytest.mark.parametrize("dtype, limit", [("float32", 2e-6), ("bfloat16", 1e-2), ("float16", 2e-3)])
+@pytest.mark.parametrize("T", [16, 53])
+def test_gates_gradients_where_the_last_state_alone_is_in_the_loss(framework, backend, dtype, limit, T):
+    """One early token holds the state: its cotangent's product with it, which is large, cancels in di and df."""
+    case = make_case(T=T, dtype=dtype, chunk_size=16, f_mean=6.0, cotangents=("c_last", "m_last"))
+    i = case.arrays["i"].copy()
+    i[:, :, 3] += 10.0
+    case = case.replacing(i=i)
+    got, true = run(framework, case, backend), truth(case)
+    assert {name: x for name in ("di", "df") if not (x := rms(got[name], true[name])) < limit} == {}

@@ -10,6 +10,7 @@ from .fused import fused_forward
 from .fused_backward import fused_backward
 from .gates import gates_forward
 from .gates_backward import gates_backward
+from .gates_backward_sums import gates_backward_sums
 from .gates_sums import gates_sums
 from .normaliser import normaliser_backward
 from .packing import chunk_table
@@ -23,6 +24,7 @@ __all__ = [
     "fused_backward",
     "fused_forward",
     "gates_backward",
+    "gates_backward_sums",
     "gates_forward",
     "gates_sums",
     "normaliser_backward",

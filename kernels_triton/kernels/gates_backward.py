@@ -4,7 +4,10 @@ import triton
 import triton.language as tl
 
 from .common import cast
-from .packing import chunk_count, chunk_sequence, chunk_span
+from .gates_backward_sums import token_sums
+from .packing import chunk_count, chunk_sequence, chunk_span, sequence_chunks
+
+CHUNKS = tl.constexpr(64)  # later chunks' gains that are added up at a time
 
 
 @triton.jit(
@@ -22,6 +25,7 @@ def gates_backward(
     outer,  # (B, H, NP, 2) likewise at the last state; at the initial state
     dm_last,  # (B, H) if HAS_DM_LAST; without HAS_DLAST what is left of it, rho
     picked,  # (B, H)
+    gains,  # (B, H, 3, NT) if HAS_DLAST: see gates_backward_sums.py
     chunks,  # of packed sequences: see packing.py
     sequences,  # likewise: how many; else 0
     T,
@@ -58,21 +62,10 @@ def gates_backward(
         if sequence < 0:
             return
         state = sequence.to(tl.int64) * H + head
-        first_chunk = tl.load(chunks + 3 * n_chunks + sequence)
-        last_chunk = tl.load(chunks + 3 * n_chunks + sequence + 1) - 1
+        first_chunk, stop = sequence_chunks(chunks, sequence, n_chunks)
+        last_chunk = stop - 1
 
-    b_row = tl.zeros([L], tl.float64)
-    b_diag = tl.zeros([L], tl.float64)
-    b_col = tl.zeros([L], tl.float64)
-    b_u = tl.zeros([L], tl.float64)
-    for kt in tl.static_range(NKT):
-        p_rows = rows + (head * 2 * NKT + 2 * kt) * padded + row
-        b_row += tl.load(p_rows).to(tl.float64)
-        b_diag += tl.load(p_rows + padded).to(tl.float64)
-        p_cols = cols + (head * 2 * NKT + 2 * kt) * padded + row
-        b_col += tl.load(p_cols).to(tl.float64)
-        b_u += tl.load(p_cols + padded).to(tl.float64)
-
+    b_row, b_diag, b_col, b_u = token_sums(rows, cols, head, row, padded, NKT, L)
     w = tl.full([], 0.0, tl.float64)
     for part in range(0, NW):
         w += tl.load(inner + (head * NW + part) * n_chunks + n).to(tl.float64)
@@ -95,9 +88,19 @@ def gates_backward(
         pick = tl.load(picked + state)
         dm0 += tl.where(pick < 0, rho, 0.0)
         if HAS_DLAST:
-            # In the last chunk <dC, C> of the last state is w and U's sum: of them, whose rounding cancels then.
-            if n == last_chunk:
-                rho += at_last - (w + tl.sum(b_u, 0))
+            # <dC, C> of the last state is w, what this chunk's tokens add and what later ones gain. If those are small,
+            # it is taken from these sums, so that the rounding of w, which rho is to cancel, cancels too.
+            gained = tl.full([], 0.0, tl.float64)
+            squares = tl.full([], 0.0, tl.float64)
+            for n0 in range(n + 1, last_chunk + 1, CHUNKS):
+                later = n0 + tl.arange(0, CHUNKS)
+                m_n = later <= last_chunk
+                p_gains = gains + head * 3 * n_chunks + later
+                gain = tl.load(p_gains, mask=m_n, other=0.0).to(tl.float64)
+                gained += tl.sum(gain + tl.load(p_gains + n_chunks, mask=m_n, other=0.0).to(tl.float64), 0)
+                squares += tl.sum(tl.load(p_gains + 2 * n_chunks, mask=m_n, other=0.0).to(tl.float64), 0)
+            if squares < w * w + tl.sum(b_u * b_u, 0):
+                rho += at_last - (w + tl.sum(b_u, 0) + gained)
         b_di += tl.where(t == pick, rho, 0.0)
         b_dlogf += tl.where(t > pick, rho, 0.0)
 

@@ -39,15 +39,21 @@ def chunk_span(chunks, n, n_chunks, T, L: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
+def sequence_chunks(chunks, sequence, n_chunks):
+    """A packed sequence's first chunk and the end of its chunks: inside [0, n_chunks], whatever the table holds."""
+    p_first = chunks + 3 * n_chunks + sequence
+    first = tl.minimum(tl.maximum(tl.load(p_first), 0), n_chunks - 1)
+    return first, tl.minimum(tl.maximum(tl.load(p_first + 1), first + 1), n_chunks)
+
+
+@triton.jit
 def sequence_span(chunks, sequence, n_chunks, T, L: tl.constexpr, PACKED: tl.constexpr):
     """A sequence's first chunk and the end of its chunks, its first token and the end of its tokens.
 
     Inside [0, n_chunks] and [0, T], whatever the table holds. An empty sequence has one chunk without tokens.
     """
     if PACKED:
-        p_first = chunks + 3 * n_chunks + sequence
-        first = tl.minimum(tl.maximum(tl.load(p_first), 0), n_chunks - 1)
-        stop = tl.minimum(tl.maximum(tl.load(p_first + 1), first + 1), n_chunks)
+        first, stop = sequence_chunks(chunks, sequence, n_chunks)
         t, _ = _tokens_of(chunks, first, n_chunks, T, L)
         last, length = _tokens_of(chunks, stop - 1, n_chunks, T, L)
         end = last + length
