@@ -7,13 +7,14 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_triton import interpreter
+from kernels_triton import assembler, interpreter
 from kernels_triton.launch import Descriptor, Pass, Spec
 
 Arrays = dict[str, jax.Array]
@@ -39,11 +40,50 @@ def _triton_call() -> tuple[Callable[..., Any], str, dict[str, Any]]:
     return jax_triton.triton_call, "out_type" if "out_type" in names else "out_shape", options
 
 
+def _capabilities() -> set[int]:
+    """The compute capabilities of the NVIDIA GPUs here, such as 90."""
+    try:
+        gpus: list[Any] = jax.local_devices(backend="cuda")
+    except RuntimeError:  # there are none
+        return set()
+    return {int(x.compute_capability.replace(".", "")) for x in gpus}
+
+
+def plugin_folder() -> Path | None:
+    """The folder of the library that assembles and launches Triton kernels for JAX; None without a CUDA plugin."""
+    from jaxlib import gpu_triton
+
+    library: Any = getattr(gpu_triton, "_cuda_triton", None)
+    return Path(library.__file__).parent if library else None
+
+
+def assembler_options(capability: int) -> dict[str, Any]:
+    """Options of Triton for what jaxlib assembles for a compute capability: PTX that its assembler knows.
+
+    jaxlib takes PTX from jax-triton and looks for a ptxas itself. Raises RuntimeError if that one is faulty. If there
+    is none, jaxlib has its own words for it.
+    """
+    folder = plugin_folder()
+    found = assembler.found_by_xla(folder) if folder else None
+    if found is None:
+        return {}
+    assembler.check(found, capability, assembler.XLA_REMEDY)
+    known = assembler.ptx_version(found, capability)
+    return {} if known == assembler.tritons_ptx_version(capability) else {"ptx_version": known}
+
+
 def launch_all(program: Pass, arrays: Mapping[str, jax.Array], compute_capability: int | None = None) -> Arrays:
-    """Every launch as a jax-triton call. compute_capability: compile for that GPU, where the machine has none."""
+    """Every launch as a jax-triton call. compute_capability: compile for that GPU, where the machine has none.
+
+    Raises RuntimeError where the assembler that jaxlib takes would make wrong code of the kernels.
+    """
     call, out_keyword, options = _triton_call()
     if compute_capability is not None:
         options = {**options, "compute_capability": compute_capability}
+    for capability in _capabilities() if compute_capability is None else ():
+        more = assembler_options(capability)
+        if "backend_options" in options:  # jax-triton before 0.4 takes no options of Triton
+            options = {**options, "backend_options": {**options["backend_options"], **more}}
     env = {name: arrays[name] for name in program.inputs}
     for launch in program.launches:
         operands: list[Any] = []
@@ -75,18 +115,24 @@ def _host_thread() -> ThreadPoolExecutor:
     return pool
 
 
-def _interpret(program: Pass, arrays: Mapping[str, jax.Array]) -> Arrays:
-    def on_host(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        hosts = {}
-        for name, x in inputs.items():
-            host = np.ascontiguousarray(x)
-            hosts[name] = interpreter.HostArray(host.ctypes.data, host.dtype.name, host)
-        raw = thread.submit(interpreter.run, program, hosts).result()
-        return {name: x.view(outputs[name].dtype)[..., 0] for name, x in raw.items()}
+def _on_host(
+    program: Pass, outputs: Mapping[str, jax.ShapeDtypeStruct], inputs: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The callback: run a pass in the interpreter's thread."""
+    hosts = {}
+    for name, x in inputs.items():
+        host = np.ascontiguousarray(x)
+        hosts[name] = interpreter.HostArray(host.ctypes.data, host.dtype.name, host)
+    raw = _host_thread().submit(interpreter.run, program, hosts).result()
+    return {name: x.view(outputs[name].dtype)[..., 0] for name, x in raw.items()}
 
-    thread = _host_thread()
+
+def _interpret(program: Pass, arrays: Mapping[str, jax.Array]) -> Arrays:
+    _host_thread()  # started here, with this thread's floating-point mode
     outputs = {name: _struct(program.spec(name)) for name in program.results}
-    return jax.pure_callback(on_host, outputs, {name: arrays[name] for name in program.inputs})
+    # One callback for each pass: JAX compiles an eager call once for each callback, and keeps both.
+    callback = program.kept.setdefault(_on_host, functools.partial(_on_host, program, outputs))
+    return jax.pure_callback(callback, outputs, {name: arrays[name] for name in program.inputs})
 
 
 def _varying_axes(x: jax.Array) -> frozenset[str]:

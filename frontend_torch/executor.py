@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels_triton import interpreter
+from kernels_triton import assembler, interpreter
 from kernels_triton.launch import Arena, Descriptor, Launch, Operand, Pass
 
 from .schedule import as_descriptor, schedule
@@ -31,12 +31,13 @@ def _operand(x: Operand, env: Tensors) -> Any:
 def launch_one(launch: Launch, env: dict[str, Tensor], device: torch.device) -> Any:
     """Run one launch on the tensors of env, through Triton's own dispatch; adds those outputs that env lacks.
 
-    Returns the compiled kernel.
+    Returns the compiled kernel. Raises RuntimeError instead of launching what a faulty assembler made; later runs of a
+    schedule launch what has passed here.
     """
     for buffer, spec in launch.outputs.values():
         if buffer not in env:
             env[buffer] = torch.empty(spec.shape, dtype=dtype_of(spec.dtype), device=device)
-    return launch.kernel[(launch.grid,)](
+    return assembler.ours(launch.kernel)[(launch.grid,)](
         *[_operand(x, env) for x in launch.arguments],
         **launch.constexprs,
         num_warps=launch.num_warps,

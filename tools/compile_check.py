@@ -3,7 +3,8 @@
     python -m tools.compile_check [--target sm_90 ...] [--heads 128x256 ...] [--dtype bfloat16 ...] [--json PATH]
 
 The PyTorch side runs the frontend's own executor on tensors without memory, against a driver that only names a target;
-the JAX side lowers the frontend's own executor for CUDA. Exit code 1 if the PTX differs, a kernel does not compile, its
+the JAX side lowers the frontend's own executor for CUDA. The assembler is the one that users get on this machine
+(kernels_triton/assembler.py); JAX's PTX is not assembled. Exit code 1 if the PTX differs, a kernel does not compile, its
 shared memory exceeds the target's, it spills thousands of bytes, its Hopper code has a known defect of the assembler
 (sass.py), the assembler runs its matrix instructions one at a time, or what it sums up through tensor descriptors, as
 PyTorch does, it adds in another order than by pointers, as JAX does (sums.py).
@@ -29,11 +30,15 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from kernels_triton import assembler
+
 from . import sass, sums
-from .compile_cases import DTYPES, HEADS, TARGETS, VARIANTS, passes
+from .compile_cases import DTYPES, HEADS, ODD, TARGETS, VARIANTS, passes
 from .compile_only import CompileOnly, Driver, LayOutOnly, compile_pass, resources
 
 MOST_SPILLS = 2048  # bytes per thread; float32's gradients have 1,488, and a kernel with thousands is a mistake
+# Where V is no multiple of 8, rows are read value by value: (65, 257) has 3,594 in the gradients' kernel.
+MOST_SPILLS_UNALIGNED = 4096
 SERIALISED = "wgmma.mma_async instructions are serialized"  # ptxas' remarks C7510 to C7515
 DESCRIPTORS = ("sm_90", "bfloat16")  # where the PyTorch frontend goes through them
 CHUNKS = (16, 32)  # sizes that users may ask for, and whose tiles have other layouts than those of the tables
@@ -58,8 +63,12 @@ class Compiled:
     same_as_jax: bool | None = None  # None: no JAX lowering for this target here
 
     @property
+    def spills_limit(self) -> int:
+        return MOST_SPILLS_UNALIGNED if int(self.heads.split("x")[1]) % 8 else MOST_SPILLS
+
+    @property
     def ok(self) -> bool:
-        fits = self.shared <= self.shared_limit and self.spills <= MOST_SPILLS
+        fits = self.shared <= self.shared_limit and self.spills <= self.spills_limit
         wrong = self.defects or self.serialised or self.other_order
         return fits and self.same_as_jax is not False and not wrong
 
@@ -161,7 +170,7 @@ def _table(rows: list[Compiled]) -> Table:
         table.add_column(name, justify="right" if name in numeric else "left")
     order = {name: i for i, name in enumerate(("forward", *VARIANTS))}
     order |= {f"{name}, descriptors": i + len(order) for name, i in order.items()}
-    keys = {name: i for names in (TARGETS, HEADS, DTYPES) for i, name in enumerate(names)}
+    keys = {name: i for names in (TARGETS, HEADS + ODD, DTYPES) for i, name in enumerate(names)}
     rows.sort(key=lambda x: (keys[x.target], keys.get(x.heads, 9), keys.get(x.dtype, 9), order[x.variant]))
     for x in rows:
         same = {
@@ -170,7 +179,7 @@ def _table(rows: list[Compiled]) -> Table:
             False: "[red]DIFFERENT[/red]",
         }[x.same_as_jax]
         shared = f"{x.shared:,}" if x.shared <= x.shared_limit else f"[red]{x.shared:,}[/red]"
-        spills = f"[red]{x.spills}[/red]" if x.spills > MOST_SPILLS else str(x.spills)
+        spills = f"[red]{x.spills}[/red]" if x.spills > x.spills_limit else str(x.spills)
         spills += f" [red]{x.defects} DEFECTS[/red]" if x.defects else ""
         spills += " [red]ONE PRODUCT AT A TIME[/red]" if x.serialised else ""
         spills += " [red]ADDS IN ANOTHER ORDER[/red]" if x.other_order else ""
@@ -179,9 +188,17 @@ def _table(rows: list[Compiled]) -> Table:
     return table
 
 
+def _assemblers(targets: list[str]) -> str:
+    """What assembled the code for each target."""
+    names = (x for x in targets if x.startswith("sm_"))
+    return "".join(f", {assembler.choose(int(x[3:]))} for {x}" for x in names)
+
+
 def main(
     target: list[str] = typer.Option(list(TARGETS), help="GPU architectures to compile for."),
-    heads: list[str] = typer.Option(list(HEADS), help="Head dimensions, KxV."),
+    heads: list[str] = typer.Option(
+        list(HEADS), help=f"Head dimensions, KxV. By default also {', '.join(ODD)} in bfloat16 on Hopper."
+    ),
     dtype: list[str] = typer.Option(list(DTYPES), help="dtypes of q, k, v."),
     jobs: int = typer.Option(2, min=1, help="Processes side by side."),
     json_path: Path | None = typer.Option(None, "--json", help="Write the rows there."),
@@ -200,6 +217,8 @@ def main(
     tasks = {(t, h, d): check for h in heads for d in dtype for t in target}
     if DESCRIPTORS[0] in target and DESCRIPTORS[1] in dtype:
         tasks |= {(h, size): check_orders for h in heads for size in CHUNKS}
+        if heads == list(HEADS):
+            tasks |= {(DESCRIPTORS[0], h, DESCRIPTORS[1]): check for h in ODD}
     rows: list[Compiled] = []
     failures: list[str] = []
     # A process per task: caches of compiled kernels in Triton and jax-triton outlive a change of target.
@@ -218,7 +237,7 @@ def main(
     same = [x.same_as_jax for x in rows if x.same_as_jax is not None]
     fitting = sum(x.shared <= x.shared_limit for x in rows)
     console.print(
-        f"Triton {triton.__version__}: {len(rows)} kernels compiled; PTX equal for {sum(same)} of {len(same)} lowered "
+        f"Triton {triton.__version__}{_assemblers(target)}: {len(rows)} kernels compiled; PTX equal for {sum(same)} of {len(same)} lowered "
         f"through JAX; shared memory within limits for {fitting}; {sum(x.spills > 0 for x in rows)} with spills; "
         f"{sum(x.defects > 0 for x in rows)} with defects of the assembler; "
         f"{sum(x.serialised for x in rows)} with matrix instructions one at a time; "
