@@ -10,6 +10,8 @@ from .packing import chunk_count, sequence_span
 # The largest jump of a stabiliser, in natural-log units, that stays as it is. Weights of 2**-256 are 0 in float32, and
 # times 1 / d, which eps = 0 lets reach 2**127, still far below any digit of the row's own weight.
 MAX_JUMP = tl.constexpr(256 * 0.6931471805599453)
+# A larger jump comes from where nothing has a weight, where there are no digits to keep.
+FROM_NOTHING = tl.constexpr(1e9)
 # The stabiliser of rows that nothing has a weight in, as a finite number: minus infinity less itself would be NaN.
 NO_WEIGHT = tl.constexpr(-1e30)
 
@@ -54,8 +56,8 @@ def _excess(x, begin):
     """
     largest, before = tl.associative_scan((x, tl.full(x.shape, NEG_INF, tl.float64)), 1, _largest_and_before)
     before = tl.maximum(before, begin[:, None])
-    jump = tl.where(before > NEG_INF, tl.maximum(largest, begin[:, None]) - before, 0.0)
-    jump = tl.where(jump < float("inf"), jump - MAX_JUMP, 0.0)
+    jump = tl.maximum(largest, begin[:, None]) - before
+    jump = tl.where(jump < FROM_NOTHING, jump - MAX_JUMP, 0.0)
     return tl.cumsum(tl.maximum(jump, 0.0), 1)
 
 

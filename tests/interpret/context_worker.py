@@ -86,7 +86,9 @@ CASES = {
     "long memory": {"f_mean": 12.0, "i_mean": -4.0},
     "sigmoid gate": {"input_gate": "sigmoid"},
     "not normalised": {"input_gate": "sigmoid", "normalize": False},
+    "large stabilisers": {"i_mean": 1e4, "states": False, "last": False},  # whose last digits C and n hold
     "reference": {"backend": "reference"},
+    "reference, large stabilisers": {"backend": "reference", "i_mean": 1e4, "states": False, "last": False},
     "reference, sigmoid gate": {"backend": "reference", "input_gate": "sigmoid", "layout": "bthd"},
 }
 

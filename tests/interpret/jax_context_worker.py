@@ -92,6 +92,7 @@ def reference():
     compare("batch, heads and tokens", draw(22), over(explicit, batch_axis="data", head_axis="model"), **options)
     compare("closed gates", draw(8 * 5, f_mean=-8.0), over(eight), **options)
     compare("long memory", draw(8 * 5, f_mean=12.0, i_mean=-4.0), over(eight), **options)
+    compare("large stabilisers", draw(8 * 18, i_mean=1e4, states=False), over(eight), last=False, **options)
 
 
 def kernels():
