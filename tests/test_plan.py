@@ -274,3 +274,15 @@ def test_gates_are_added_up_in_one_order():
             if x.name.startswith("gates")
         }
         assert len(warps) == 1
+
+
+def test_packed_sequences_are_read_by_pointers():
+    """A descriptor's tile goes on beyond a sequence's end, to a neighbour's tokens that may be infinite."""
+    p = problem(1, 4, 4096, 128, 256, dtype="bfloat16", layout="bthd")
+    for sequences in (0, 3):
+        found = {
+            isinstance(x, Descriptor)
+            for launch in launches(dataclasses.replace(p, descriptors=True, sequences=sequences))
+            for x in launch.operands.values()
+        }
+        assert found == {False} | ({True} if not sequences else set())
