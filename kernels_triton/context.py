@@ -22,6 +22,7 @@ from typing import Any
 import array_api_compat
 
 from .problem import Problem
+from .reference import finite
 
 Array = Any
 State = tuple[Array, Array, Array]
@@ -109,8 +110,9 @@ def state_before(problem: Problem, gathered: Array, first: State, index: Any) ->
     else:
         highest = xp.maximum(m + passed, xp.max(_where(earlier, m_own + between, NO_STABILISER), axis=0))
     # Stabilisers may be large: their differences first, which are exact. So C and n belong to `highest` as it is rounded.
-    exponents = between - (highest - m_own)
-    keep = xp.exp(passed - (highest - m))
+    scale = finite(xp, highest)
+    exponents = between - (scale - m_own)
+    keep = xp.exp(passed - (scale - m))
     c = keep[..., None, None] * c + _sum(earlier, exponents, c_own)
     n = keep[..., None] * n + _sum(earlier, exponents, n_own)
     return (c, n, highest), decays

@@ -23,7 +23,7 @@ def log_sigmoid(xp: Any, x: Array) -> Array:
     return -xp.logaddexp(xp.zeros_like(x), -x)
 
 
-def _finite(xp: Any, m: Array) -> Array:
+def finite(xp: Any, m: Array) -> Array:
     """A stabiliser as a scale: 0 for that of -inf, while nothing has a weight."""
     return xp.where(m > -float("inf"), m, xp.zeros_like(m))
 
@@ -72,7 +72,7 @@ def recurrent(
     hs = []
     for t in range(q.shape[2]):
         m_new = xp.zeros_like(m) if sigmoid else xp.maximum(log_f[:, :, t] + m, i[:, :, t])
-        scale_m = _finite(xp, m_new)
+        scale_m = finite(xp, m_new)
         keep = xp.exp(log_f[:, :, t] - (scale_m - m))  # stabilisers may be large, but their difference is exact
         add = xp.exp(i[:, :, t] - scale_m)
         k_t, v_t, q_t = k[:, :, t, :], v[:, :, t, :], q[:, :, t, :] * scale
@@ -151,7 +151,7 @@ def chunkwise(
         if not sigmoid:
             m_row = stop_gradient(xp.maximum(b + m[..., None], xp.max(log_d, axis=-1)))  # h is independent of it
         # Gates and stabilisers may be large: their differences first, which are exact, then the sums of log f.
-        scale_row = _finite(xp, m_row)
+        scale_row = finite(xp, m_row)
         weights = xp.where(causal, passed - (scale_row[..., None] - i_c[..., None, :]), log_d)
         s = (q_c @ xp.matrix_transpose(k_c)) * scale * xp.exp(weights)
         from_state = xp.exp(b - (scale_row - m[..., None])) * scale
@@ -161,7 +161,7 @@ def chunkwise(
 
         total, after_token = b[..., -1], passed[..., -1, :]
         m_new = xp.zeros_like(m) if sigmoid else xp.maximum(total + m, xp.max(after_token + i_c, axis=-1))
-        scale_new = _finite(xp, m_new)
+        scale_new = finite(xp, m_new)
         keep = xp.exp(total - (scale_new - m))
         k_a = k_c * xp.exp(after_token - (scale_new[..., None] - i_c))[..., None]
         c = keep[..., None, None] * c + xp.matrix_transpose(k_a) @ v_c

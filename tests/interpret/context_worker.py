@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import math
 
 import pytest
 import torch
@@ -85,6 +86,7 @@ CASES = {
     "closed gates": {"f_mean": -8.0},
     "long memory": {"f_mean": 12.0, "i_mean": -4.0},
     "sigmoid gate": {"input_gate": "sigmoid"},
+    "sigmoid gate, a first state of no weight": {"input_gate": "sigmoid", "m_initial": -math.inf},
     "not normalised": {"input_gate": "sigmoid", "normalize": False},
     "large stabilisers": {"i_mean": 1e4, "states": False, "last": False},  # whose last digits C and n hold
     "reference": {"backend": "reference"},
@@ -100,6 +102,8 @@ def case(rank, name):
     drawn = {x: options.pop(x) for x in ("states", "i_mean", "f_mean") if x in options}
     last = options.pop("last", True)
     tensors, cotangents = draw(lengths, options.get("layout", "bhtd"), **drawn)
+    if "m_initial" in options:
+        tensors[7] = torch.full_like(tensors[7], options.pop("m_initial"))
     cotangents = cotangents if last else cotangents[:1]
     options["return_last_states"] = last
     got = split(rank, lengths, tensors, cotangents, **options)

@@ -92,6 +92,9 @@ def reference():
     compare("batch, heads and tokens", draw(22), over(explicit, batch_axis="data", head_axis="model"), **options)
     compare("closed gates", draw(8 * 5, f_mean=-8.0), over(eight), **options)
     compare("long memory", draw(8 * 5, f_mean=12.0, i_mean=-4.0), over(eight), **options)
+    arrays = draw(8 * 3)
+    arrays[7] = np.full_like(arrays[7], -np.inf)
+    compare("a first state of no weight", arrays, over(eight), input_gate="sigmoid", **options)
     compare("large stabilisers", draw(8 * 18, i_mean=1e4, states=False), over(eight), last=False, **options)
 
 
