@@ -178,7 +178,8 @@ def run_torch(function: Function, options: Mapping[str, Any], case: Case, arrays
             options["chunk_table"] = make(offsets, case.T, case.chunk_size, backend=options["backend"])
     outputs = _named(function(**inputs, **options), case)
     driven = [name for name in case.driven if outputs[name].requires_grad]
-    gradients: dict[str, Tensor] = {}
+    # What depends on no input, such as the sigmoid gate's last stabiliser, leaves gradients of 0.
+    gradients = {name: torch.zeros_like(x) for name, x in inputs.items()} if case.gradients else {}
     if driven:
         cotangents = [tensors[f"d_{name}"].to(outputs[name].dtype) for name in driven]
         found = torch.autograd.grad([outputs[n] for n in driven], list(inputs.values()), cotangents, allow_unused=True)
