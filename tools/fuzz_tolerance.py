@@ -8,8 +8,8 @@ Errors are relative Frobenius errors, |x - truth| / |truth|. The tolerance on on
   them, at random (`Rounding`): each operand of each matrix product, forward and backward, is rounded to the digits
   that matrix units take, unless it has no more than those (q, k, v, dh), and so is h, which the gradient of the
   normaliser is made of; states, exponents and cotangents get a relative error of a rounding's size first, as in
-  `tools.compare`; results are rounded to their own dtype. `spread` is the root mean square error of those draws. So whatever cancels in a sum, cancels in the draws too,
-  and leaves the noise of the terms that were summed: no floor on magnitudes has to be guessed.
+  `tools.compare`; results are rounded to their own dtype. `spread` is the root mean square error of those draws.
+  Whatever cancels in a sum cancels in the draws too, and leaves the noise of the terms that were summed.
 - Gradients of gates and of the initial stabiliser are differences of large sums: of what di sums up in a chunk, of
   <dC, C> at both ends. Their `spread` is at least float32's rounding of one such sum (`_cancelled`).
 - `chance(n)`: an error of n independent parts may by chance be larger than its root mean square, much so if n is small:
