@@ -109,7 +109,7 @@ def state_before(problem: Problem, gathered: Array, first: State, index: Any) ->
         highest = xp.zeros_like(m) if earlier is None else xp.where(earlier[0], xp.zeros_like(m), m)
     else:
         highest = xp.maximum(m + passed, xp.max(_where(earlier, m_own + between, NO_STABILISER), axis=0))
-    # Stabilisers may be large: their differences first, which are exact. So C and n belong to `highest` as it is rounded.
+    # Stabilisers may be large: their differences first, which are exact. C and n belong to the rounded `highest` then.
     scale = finite(xp, highest)
     exponents = between - (scale - m_own)
     keep = xp.exp(passed - (scale - m))

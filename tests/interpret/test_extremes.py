@@ -123,9 +123,7 @@ def test_closed_gates_from_a_state_of_no_weight_in_the_fused_kernel(closed, monk
     i = case.arrays["i"].copy()
     i[:, :, :closed] = -np.inf
     case = case.replacing(i=i, m_initial=np.full_like(case.arrays["m_initial"], -np.inf))
-    like = case.replacing(
-        i=np.maximum(i, -3000.0), m_initial=np.full_like(case.arrays["m_initial"], -3000.0)
-    )
+    like = case.replacing(i=np.maximum(i, -3000.0), m_initial=np.full_like(case.arrays["m_initial"], -3000.0))
     got = run("torch", case, "interpret")
     assert np.isfinite(got["h"]).all()
     check({n: got[n] for n in got}, case, like=like)
