@@ -24,9 +24,12 @@ __all__ = [
 
 
 def _run(plan: Callable[..., Any], arrays: dict[str, Array | None]) -> tuple[Array | None, ...]:
+    infos = {name: describe(name, x) for name, x in arrays.items()}
     given = {name: jnp.asarray(x) for name, x in arrays.items() if x is not None}
+    if not given:
+        plan(infos, "")  # which names the first that lacks
     first = next(iter(given.values()))
-    call = plan({name: describe(name, x) for name, x in arrays.items()}, architecture_of(first))
+    call = plan(infos, architecture_of(first))
     backend = choose_backend("interpret" if interpreting() else "triton", platform_of(first))
     results = run(call.program, {buffer: given[name] for buffer, name in call.arguments.items()}, backend)
     return tuple(results[buffer].reshape(shape) if buffer else None for buffer, shape in call.returns)

@@ -16,7 +16,7 @@ from kernels_triton.validation import BATCHED, FORWARD_MODE, TWICE
 from .calls import NAMES, PACKED, RESULTS, Call, Tensors
 from .executor import ALIGNMENT, SAVED, run
 from .registry import is_batched, is_transformed
-from .tensors import STRIDED, dtype_of, head_strides, places, readable, suits
+from .tensors import STRIDED, dtype_of, head_strides, materialised, places, readable, suits
 
 
 def no_forward_mode(ctx: Any, *_: Any) -> Any:
@@ -88,7 +88,7 @@ def differentiate(
         shapes = ((*head, problem.K, problem.V), (*head, problem.K), head)
         dtypes = (dtype_of(problem.c_dtype), torch.float32, torch.float32)
         for name, shape, dtype, x in zip(plan.LAST, shapes, dtypes, dlast, strict=True):
-            env[f"d{name}"] = env["q"].new_zeros(shape, dtype=dtype) if x is None else x.contiguous()
+            env[f"d{name}"] = env["q"].new_zeros(shape, dtype=dtype) if x is None else materialised(x).contiguous()
     program = plan.backward_pass(problem, head_strides(env["dh"], problem.layout), has_dlast)
     return run(program, env, backend, earlier=earlier)
 

@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels_triton.backend import choose_backend
 from kernels_triton.problem import Problem
 from kernels_triton.validation import check_call
 
 from .executor import ALIGNMENT
-from .tensors import architecture_of, describe, head_strides, platform_of, readable_argument, suits
+from .tensors import architecture_of, backend_for, describe, head_strides, platform_of, readable_argument, suits
 
 NAMES = ("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial")
 RESULTS = ("h", "c_last", "n_last", "m_last")
@@ -94,8 +93,11 @@ def _aligned(tensors: Tensors) -> bool:
 def call_key(tensors: tuple[Any, ...], *options: Any) -> Any:
     """All that a call depends on; None if an argument is no tensor. Options with their types, since 1 == True."""
     try:
-        of = tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors)
-    except AttributeError:
+        of = tuple(
+            None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.is_neg(), x._is_zerotensor())
+            for x in tensors
+        )
+    except (AttributeError, RuntimeError):  # a nested tensor has no shape
         return None
     return of, options, tuple(map(type, options)), descriptors
 
@@ -118,7 +120,7 @@ def settle(tensors: Tensors, options: Mapping[str, Any], form: str = "chunkwise"
         problem = check_call(infos, **options, form=form)
         q = tensors[0]
         assert q is not None
-        backend = choose_backend(options["backend"], platform_of(q))
+        backend = backend_for(options["backend"], q)
         given = tensors
         if backend == "reference":
             call = Call(problem, problem, backend, transposed=False)

@@ -65,6 +65,7 @@ def mlstm_chunkwise(
     Args:
         q, k: queries and keys, (B, H, T, K) or with layout="bthd" (B, T, H, K); float32, bfloat16 or float16.
         v: values, (B, H, T, V) or (B, T, H, V), in the dtype of q. 1 <= K, V <= 512, T >= 1.
+            A NaN in v reaches earlier tokens too: those of its own chunk and head.
         i, f: input and forget gate pre-activations (natural-log units), (B, H, T) or (B, T, H); any float dtype,
             computed in float32 or better.
         c_initial, n_initial, m_initial: state before the first token, (B, H, K, V), (B, H, K), (B, H) or (B, H, 1),
@@ -72,10 +73,13 @@ def mlstm_chunkwise(
         return_last_states: also return the state after the last token.
         eps: added to the normaliser.
         chunk_size: tokens per chunk, a power of two from 16 to 512; None: the best for the shape. The result is the
-            same to rounding.
+            same to rounding. So is, in float32, h of the first tokens alone: to rounding, not to the bit.
         qk_scale: s above; None: K ** -0.5.
         normalizer_grad: "exact", or "detached": the normaliser is a constant in the backward pass, as in mlstm-kernels
             (right only if a scale-invariant norm follows h).
+            "exact" is the derivative of h with m held constant where eps is added: the gates' gradients are off by
+            about eps / d (1e-6 at the default eps, 30 % at eps = 0.5). An exact tie in a maximum sends the whole
+            cotangent one way, where autodiff halves it.
         layout: axis order of q, k, v, i, f and h. Both are read in place.
         precision: of products of float32 inputs: "ieee", "tf32x3" or "tf32".
         save_states: keep the chunks' states for the backward pass; False: compute them again there, which takes less

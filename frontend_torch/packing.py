@@ -10,7 +10,6 @@ from jaxtyping import Int, Int32
 from torch import Tensor
 
 from kernels_triton import packing
-from kernels_triton.backend import choose_backend
 from kernels_triton.packing import ChunkTable
 from kernels_triton.problem import OFFSET_DTYPES
 from kernels_triton.validation import check_given_table, check_table
@@ -18,7 +17,7 @@ from kernels_triton.validation import check_given_table, check_table
 from .executor import run
 from .library import is_plain
 from .registry import register
-from .tensors import describe, dtype_name, platform_of
+from .tensors import backend_for, describe, dtype_name, materialised
 
 
 def make_chunk_table(
@@ -34,9 +33,10 @@ def make_chunk_table(
     The result has a copy of cu_seqlens and what else it was made for: a call that it does not suit is refused.
     """
     L, sequences = check_table(describe("cu_seqlens", cu_seqlens), T, chunk_size)
+    cu_seqlens = materialised(cu_seqlens)
     if _on_host(cu_seqlens):
         packing.check_offsets(cu_seqlens.tolist(), T)
-    used = choose_backend(backend, platform_of(cu_seqlens))
+    used = backend_for(backend, cu_seqlens)
     if used == "reference":
         table = cu_seqlens.new_zeros(packing.table_size(T, sequences, L), dtype=torch.int32)
     else:
@@ -88,6 +88,7 @@ def _checked_offsets(cu_seqlens: Any, q: Any, layout: Any) -> Any:
     """Offsets on q's device; checked first where the host can read them without waiting for a GPU."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.device.type != "cpu" or not isinstance(q, Tensor):
         return cu_seqlens
+    cu_seqlens = materialised(cu_seqlens)
     if _on_host(cu_seqlens) and _has_offsets(cu_seqlens) and q.dim() == 4 and layout == "bthd":
         packing.check_offsets(cu_seqlens.tolist(), q.shape[1])
     return cu_seqlens.to(q.device, non_blocking=True)

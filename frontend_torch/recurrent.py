@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from kernels_triton.backend import choose_backend
 from kernels_triton.validation import check_step
 
 from . import library
@@ -18,7 +17,7 @@ from .calls import NAMES, Call, call_key
 from .executor import run
 from .operator import States, apply
 from .reference import run_reference
-from .tensors import architecture_of, describe, platform_of
+from .tensors import architecture_of, backend_for, describe, materialised
 
 # Options of a sequence that a step has not.
 SEQUENCE = {
@@ -74,36 +73,69 @@ def mlstm_recurrent(
     return (h, last) if return_last_states else h
 
 
-# Steps that are settled, by all that they depend on: their problem, their backend, and that they can be read in place.
-_settled: dict[Any, Call] = {}
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What is settled for steps alike: their call, and the bytes that each of their tensors spans, out_states last."""
+
+    call: Call
+    spans: tuple[int, ...]
+
+
+# Steps that are settled, by all that they depend on, and that can be read in place.
+_settled: dict[Any, Step] = {}
 MAX_STEPS = 1024
 
 
 def _settle(
     tensors: tuple[Tensor, ...], out_states: tuple[Tensor, ...], options: dict[str, Any], key: Any
-) -> tuple[Call, tuple[Tensor, ...]]:
-    """The checked call, and tensors that its kernel can read."""
+) -> tuple[Step, tuple[Tensor, ...]]:
+    """The checked step, and tensors that its kernel can read."""
     infos = {name: describe(name, x) for name, x in zip(STEP, tensors, strict=True)}
     infos |= {name: describe(name, x) for name, x in zip(OUT, out_states, strict=False)}
     problem = check_step(infos, **options)
     for name, x in zip(OUT, out_states, strict=False):
         if not x.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {x.stride()}")
-    backend = choose_backend(options["backend"], platform_of(tensors[0]))
+        if x.is_neg() or x._is_zerotensor():
+            raise ValueError(f"{name}: expected a tensor to write to, got a view of negated numbers or of no memory")
+    spans = tuple(map(_span, (*tensors, *out_states)))
+    given = tensors
+    tensors = tuple(map(materialised, tensors))
+    backend = backend_for(options["backend"], tensors[0])
     B, H = problem.B, problem.H
     rows = tuple(x if n > 2 or x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous() for n, x in enumerate(tensors))
-    given = (*rows[:5], *(x.contiguous() for x in rows[5:]))
+    read = (*rows[:5], *(x.contiguous() for x in rows[5:]))
     strides = tuple(
         (name, (x.stride(0) if B > 1 else 0, x.stride(1) if H > 1 else 0, 0))
-        for name, x in zip(STEP[:5], given[:5], strict=True)
+        for name, x in zip(STEP[:5], read[:5], strict=True)
     )
     problem = dataclasses.replace(problem, strides=strides, arch=architecture_of(tensors[0].device))
-    call = Call(problem, problem, backend, transposed=False)
-    if all(x is y for x, y in zip(given, tensors, strict=True)):
+    step = Step(Call(problem, problem, backend, transposed=False), spans)
+    if all(x is y for x, y in zip(read, given, strict=True)):
         if len(_settled) >= MAX_STEPS:
             _settled.clear()
-        _settled[key] = call
-    return call, given
+        _settled[key] = step
+    return step, read
+
+
+def _span(x: Tensor) -> int:
+    """Bytes from x's first element to the end of its last."""
+    return (sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1) * x.element_size()
+
+
+def _check_apart(tensors: tuple[Tensor, ...], out: tuple[Tensor, ...], spans: tuple[int, ...]) -> None:
+    """Raises ValueError where out_states share memory with one another, or with inputs but the state that each follows.
+
+    tensors: as given. A state itself may be written in its place: the same memory, all of it.
+    """
+    start = [x.data_ptr() for x in (*tensors, *out)]
+    names = (*STEP, *OUT)
+    for x in range(len(STEP), len(start)):
+        for y in range(x):
+            if start[x] < start[y] + spans[y] and start[y] < start[x] + spans[x]:
+                itself = y == x - 3 and start[x] == start[y] and spans[x] == spans[y] and tensors[y].is_contiguous()
+                if not itself:
+                    raise ValueError(f"{names[x]}: expected memory of its own, got some that is also {names[y]}'s")
 
 
 def _is_recorded(tensors: tuple[Tensor, ...], out: tuple[Tensor, ...]) -> bool:
@@ -167,7 +199,8 @@ def mlstm_step(
         c, n, m: the state, (B, H, K, V) float32 or bfloat16, (B, H, K) float32, (B, H) or (B, H, 1) float32; zeros
             before the first token. A bfloat16 c is computed in float32 and rounded once per step.
         out_states: contiguous tensors that take the next state, in the dtypes of c, n, m. They may be c, n, m
-            themselves (n and m then cost a copy each; two sets in turn cost none). Not while gradients are recorded.
+            themselves (n and m then cost a copy each; two sets in turn cost none), and otherwise share no memory with
+            one another or with any input. Not while gradients are recorded.
 
     Returns:
         h (B, H, V) in the dtype of v, and the next (c, n, m): out_states themselves if given, else m of (B, H).
@@ -188,11 +221,15 @@ def mlstm_step(
         return _registered(tensors, out, options)
     key = call_key((*tensors, *out), *options.values())
     try:
-        call = _settled.get(key)
+        step = _settled.get(key)
     except TypeError:
-        call = None
-    if call is None:
-        call, tensors = _settle(tensors, out, options, key)
+        step = None
+    given = tensors
+    if step is None:
+        step, tensors = _settle(tensors, out, options, key)
+    if out:
+        _check_apart(given, out, step.spans)
+    call = step.call
     if call.backend != "reference":
         refuse_forward_mode(tensors)
     problem = call.problem

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels_triton.backend import choose_backend, interpreting
+from kernels_triton.backend import interpreting
 from kernels_triton.stage_api import StageFunctions
 
 from .executor import run
-from .tensors import architecture_of, describe, platform_of
+from .tensors import architecture_of, backend_for, describe, materialised
 
 __all__ = [
     "_mlstm_chunkwise__parallel_bw_dQKV",
@@ -24,11 +24,15 @@ __all__ = [
 
 
 def _run(plan: Callable[..., Any], arrays: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
-    tensors = {name: x.detach().contiguous() for name, x in arrays.items() if x is not None}
-    first = next(iter(tensors.values()))
-    call = plan({name: describe(name, x) for name, x in arrays.items()}, architecture_of(first.device))
-    backend = choose_backend("interpret" if interpreting() else "triton", platform_of(first))
-    results = run(call.program, {buffer: tensors[name] for buffer, name in call.arguments.items()}, backend)
+    infos = {name: describe(name, x) for name, x in arrays.items()}
+    given = {name: x for name, x in arrays.items() if x is not None}
+    if not given:
+        plan(infos, "")  # which names the first that lacks
+    first = next(iter(given.values()))
+    call = plan(infos, architecture_of(first.device))
+    backend = backend_for("interpret" if interpreting() else "triton", first)
+    read = {buffer: materialised(given[name].detach()).contiguous() for buffer, name in call.arguments.items()}
+    results = run(call.program, read, backend)
     return tuple(results[buffer].reshape(shape) if buffer else None for buffer, shape in call.returns)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels_triton.backend import choose_backend
 from kernels_triton.problem import MAX_TOKEN_STRIDE, Strides, architecture, suits_descriptors
 from kernels_triton.validation import ArrayInfo
 
@@ -35,12 +36,23 @@ def describe(name: str, x: Any) -> ArrayInfo | None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if x.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
+    if x.is_nested or x.is_quantized:
+        kind = "nested" if x.is_nested else "quantised"
+        raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
     return ArrayInfo(tuple(x.shape), dtype_name(x.dtype), str(x.device))
 
 
 def platform_of(x: Tensor) -> str:
     """The name of a tensor's device platform, as the shared checks know it."""
     return "rocm" if x.device.type == "cuda" and torch.version.hip else x.device.type
+
+
+def backend_for(backend: str, x: Tensor) -> str:
+    """`choose_backend` for a tensor. Raises ValueError where it has no memory that the interpreter can read."""
+    used = choose_backend(backend, platform_of(x))
+    if used == "interpret" and x.device.type != "cpu":
+        raise ValueError(f"backend: 'interpret' expected tensors on a CPU, got {x.device}")
+    return used
 
 
 @functools.cache
@@ -54,8 +66,21 @@ def architecture_of(device: torch.device) -> str:
     return architecture(f"{major}.{minor}")
 
 
+def materialised(x: Tensor) -> Tensor:
+    """x itself if its memory holds its values: not zeros without memory, as autograd makes them, nor bits to flip.
+
+    Others become so: torch._efficientzerotensor; views with the negative bit, as of a conjugate's imaginary part.
+    """
+    if torch.compiler.is_compiling():  # which cannot trace the question; the operator asks again when it runs
+        return x
+    if x._is_zerotensor():
+        return x.clone()  # differentiable, and no longer such a tensor
+    return x.resolve_neg() if x.is_neg() else x
+
+
 def readable(x: Tensor, layout: str) -> Tensor:
     """x itself if its last axis is contiguous and its tokens are not too far apart, else a contiguous copy."""
+    x = materialised(x)
     token = 1 if layout == "bthd" else 2
     near = x.shape[token] == 1 or x.stride(token) <= MAX_TOKEN_STRIDE
     return x if near and (x.shape[-1] == 1 or x.stride(-1) == 1) else x.contiguous()
@@ -63,9 +88,12 @@ def readable(x: Tensor, layout: str) -> Tensor:
 
 def readable_argument(name: str, x: Tensor | None, layout: str) -> Tensor | None:
     """An argument in memory that the kernels can read: q, k, v as `readable`, any gates, contiguous states."""
-    if x is None or name in ("i", "f"):
+    if x is None:
         return x
-    return readable(x, layout) if name in ("q", "k", "v") else x.contiguous()
+    if name in ("q", "k", "v"):
+        return readable(x, layout)
+    x = materialised(x)
+    return x if name in ("i", "f") else x.contiguous()
 
 
 def head_strides(x: Tensor, layout: str) -> Strides:

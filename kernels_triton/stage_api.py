@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import stages
+from .options import check_flag
 from .validation import ArrayInfo
 
 Array = Any
@@ -72,6 +73,8 @@ class StageFunctions:
         (C, N, M) or None; the states (matC_states (B, H, NT * K, V), vecN_states (B, H, NT * K), scaM_states
         (B, H, NT + 1)) or None.
         """
+        check_flag("return_last_states", return_last_states)
+        check_flag("return_all_states", return_all_states)
         arrays = {"matQ": matQ, "matK": matK, "matV": matV, "vecI": vecI, "vecF": vecF}
         arrays |= {"matC_initial": matC_initial, "vecN_initial": vecN_initial, "scaM_initial": scaM_initial}
         results = self._run("_mlstm_chunkwise_fw", arrays, qk_scale=qk_scale, chunk_size=chunk_size, eps=eps)

@@ -14,9 +14,9 @@ from typing import Any
 
 from .builder import Builder
 from .launch import Launch, Pass
-from .options import check_chunk_size
-from .problem import DEFAULT_ARCH, Problem, contiguous_strides
-from .validation import STATES, ArrayInfo, check_call
+from .options import check_chunk_size, check_flag
+from .problem import DEFAULT_ARCH, GATE_DTYPES, INPUT_DTYPES, MAX_HEAD_DIM, Problem, contiguous_strides
+from .validation import STATES, ArrayInfo, check_call, check_dtype
 
 Infos = Mapping[str, ArrayInfo | None]
 
@@ -30,50 +30,103 @@ class StageCall:
     returns: tuple[tuple[str | None, tuple[int, ...]], ...]
 
 
+INPUTS = ("matQ", "matK", "matV", "matDeltaH")  # of one dtype
+GATES = ("vecI", "vecF")
+STATES_MADE = ("matC_states", "matDeltaC_states")  # in the dtype that the stages make them in; all else is float32
+SHAPES = {
+    "matQ": "B, H, T, K",
+    "matK": "B, H, T, K",
+    "matV": "B, H, T, V",
+    "matDeltaH": "B, H, T, V",
+    "vecI": "B, H, T",
+    "vecF": "B, H, T",
+    "matC_initial": "B, H, K, V",
+    "vecN_initial": "B, H, K",
+    "scaM_initial": "B, H",
+    "scaM_inter": "B, H, NT + 1",
+    "scaM_states": "B, H, NT + 1",
+    "vecM": "B, H, T",
+    "vecM_combine": "B, H, T",
+    "vecM_out": "B, H, T",
+    "vecN_out": "B, H, T",
+    "matDeltaC_last": "B, H, K, V",
+    "matC_states": "B, H, NT * K, V",
+    "matDeltaC_states": "B, H, NT * K, V",
+}
+CHUNKED = "B, H, NT, BT"  # gates of the stages that take them in chunks
+
+
 def _present(infos: Infos, *names: str) -> None:
     for name in names:
         if infos.get(name) is None:
-            raise ValueError(f"{name}: expected an array, got None")
+            raise TypeError(f"{name}: expected an array, got None")
 
 
-def _problem(infos: Infos, options: Mapping[str, Any], chunked: bool) -> Problem:
-    """The detached problem behind a stage's arguments; what it lacks stands in by shape. chunked: gates in chunks."""
-    chunk_size, num_chunks = options["chunk_size"], options.get("num_chunks")
+def _rows(infos: Infos, names: tuple[str, str], last: str) -> ArrayInfo:
+    """The first of two arrays that is there, of which the sizes are taken: (B, H, T, last)."""
+    name, info = next((name, x) for name in names if (x := infos.get(name)) is not None)
+    if len(info.shape) != 4:
+        raise ValueError(f"{name}: expected rank 4, (B, H, T, {last}), got shape {info.shape}")
+    return info
+
+
+def _chunks(T: int, options: Mapping[str, Any], chunked: bool) -> int:
+    """The number of chunks; raises unless the options say the same."""
+    chunk_size = options["chunk_size"]
     check_chunk_size(chunk_size)
     if chunk_size is None:
         raise TypeError("chunk_size: expected an int, got None")
-    keys = infos.get("matQ") or infos["matK"]
-    values = infos.get("matDeltaH") or infos["matV"]
-    assert keys is not None and values is not None
-    if len(keys.shape) != 4:
-        raise ValueError(f"matQ, matK: expected rank 4, (B, H, T, K), got shape {keys.shape}")
-    B, H, T = keys.shape[:3]
     NT = -(-T // chunk_size)
-    gates = ("vecI", "vecF")
-    if chunked:
-        if num_chunks != NT:
-            raise ValueError(f"num_chunks: expected ceil(T / chunk_size) = {NT}, got {num_chunks}")
-        for name in gates:
-            info = infos.get(name)
-            if info is not None and info.shape != (B, H, NT, chunk_size):
-                raise ValueError(f"{name}: expected shape (B, H, NT, BT) = {(B, H, NT, chunk_size)}, got {info.shape}")
-    f = infos["vecF"]
-    assert f is not None
-    stand_in = dataclasses.replace(f, shape=(B, H, T)) if chunked else f
-    i = infos.get("vecI")
-    arrays: dict[str, ArrayInfo | None] = {
-        "q": infos.get("matQ") or keys,
-        "k": infos.get("matK") or keys,
-        "v": infos.get("matV") or values,
-        "i": stand_in if chunked or i is None else i,
-        "f": stand_in,
-    }
+    given = options.get("num_chunks")
+    if chunked and (isinstance(given, bool) or not isinstance(given, int)):
+        raise TypeError(f"num_chunks: expected an int, got {type(given).__name__}")
+    if chunked and given != NT:
+        raise ValueError(f"num_chunks: expected ceil(T / chunk_size) = {NT}, got {given}")
+    return NT
+
+
+def _check_arrays(infos: Infos, keys: ArrayInfo, sizes: Mapping[str, int], chunked: bool) -> None:
+    """Shapes, dtypes and devices of all arguments."""
+    values = {**sizes, "NT + 1": sizes["NT"] + 1, "NT * K": sizes["NT"] * sizes["K"]}
+    check_dtype("matQ" if infos.get("matQ") else "matK", keys, INPUT_DTYPES)
+    state_dtype = "bfloat16" if keys.dtype == "bfloat16" else "float32"
+    for name, info in infos.items():
+        if info is None:
+            continue
+        symbols = CHUNKED if chunked and name in GATES else SHAPES[name]
+        expected = tuple(values[x] for x in symbols.split(", "))
+        # As of the operator, m may have an axis of one more.
+        if info.shape != expected and not (name == "scaM_initial" and info.shape == (*expected, 1)):
+            raise ValueError(f"{name}: expected shape ({symbols}) = {expected}, got {info.shape}")
+        allowed = (keys.dtype,) if name in INPUTS else GATE_DTYPES if name in GATES else ("float32",)
+        check_dtype(name, info, (state_dtype,) if name in STATES_MADE else allowed)
+        if info.device != keys.device:
+            raise ValueError(f"{name}: expected the device of the others, {keys.device}, got {info.device}")
+
+
+def _problem(infos: Infos, options: Mapping[str, Any], chunked: bool) -> Problem:
+    """The detached problem behind a stage's arguments, all checked. chunked: gates in chunks."""
+    keys, values = _rows(infos, ("matQ", "matK"), "K"), _rows(infos, ("matV", "matDeltaH"), "V")
+    B, H, T, K = keys.shape
+    V = values.shape[3]
+    for symbol, size, most in (("B", B, None), ("H", H, None), ("T", T, None), ("K", K, MAX_HEAD_DIM)):
+        _size("matQ" if infos.get("matQ") else "matK", symbol, size, most)
+    _size("matV" if infos.get("matV") else "matDeltaH", "V", V, MAX_HEAD_DIM)
+    if "store_initial_state" in options:
+        check_flag("store_initial_state", options["store_initial_state"])
+    NT, chunk_size = _chunks(T, options, chunked), options["chunk_size"]
+    sizes = {"B": B, "H": H, "T": T, "K": K, "V": V, "NT": NT, "BT": chunk_size}
+    _check_arrays(infos, keys, sizes, chunked)
+    gates = [dataclasses.replace(x, shape=(B, H, T)) for name in GATES if (x := infos.get(name)) is not None]
+    arrays: dict[str, ArrayInfo | None] = {"q": keys, "k": keys, "v": values, "i": gates[0], "f": gates[-1]}
     seed_names = ("matC_initial", "vecN_initial", "scaM_initial")
+    given = [name for name in seed_names if infos.get(name) is not None]
+    if given and len(given) < len(seed_names):
+        missing = ", ".join(name for name in seed_names if name not in given)
+        raise ValueError(f"{missing}: expected all of {', '.join(seed_names)} or none, got only {', '.join(given)}")
     arrays |= {name: infos.get(seed) for name, seed in zip(STATES, seed_names, strict=True)}
-    V = values.shape[-1]
     rows = NT * chunk_size if chunked else T
-    dims = {"q": keys.shape[3], "k": keys.shape[3], "v": V}
-    strides = {name: contiguous_strides(H, T, D, "bhtd") for name, D in dims.items()}
+    strides = {name: contiguous_strides(H, T, D, "bhtd") for name, D in (("q", K), ("k", K), ("v", V))}
     strides |= {name: (H * rows, rows, 1) for name in ("i", "f")}
     problem = check_call(
         arrays,
@@ -86,25 +139,13 @@ def _problem(infos: Infos, options: Mapping[str, Any], chunked: bool) -> Problem
         backend="auto",
         strides=strides,
     )
-    problem = dataclasses.replace(problem, chunk_size=chunk_size, arch=options.get("arch", DEFAULT_ARCH))
-    K = problem.K
-    expected = {
-        "scaM_inter": (B, H, NT + 1),
-        "scaM_states": (B, H, NT + 1),
-        "vecM": (B, H, T),
-        "vecM_combine": (B, H, T),
-        "vecM_out": (B, H, T),
-        "vecN_out": (B, H, T),
-        "matDeltaH": (B, H, T, V),
-        "matDeltaC_last": (B, H, K, V),
-        "matC_states": (B, H, NT * K, V),
-        "matDeltaC_states": (B, H, NT * K, V),
-    }
-    for name, shape in expected.items():
-        info = infos.get(name)
-        if info is not None and info.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {info.shape}")
-    return problem
+    return dataclasses.replace(problem, chunk_size=chunk_size, arch=options.get("arch", DEFAULT_ARCH))
+
+
+def _size(name: str, symbol: str, size: int, most: int | None) -> None:
+    if size < 1 or (most is not None and size > most):
+        limit = f"{symbol} >= 1" if most is None else f"1 <= {symbol} <= {most}"
+        raise ValueError(f"{name}: expected {limit}, got {symbol} = {size}")
 
 
 def _call(

@@ -54,7 +54,8 @@ def _shape(name: str, info: ArrayInfo, symbols: str, expected: tuple[int, ...]) 
         raise ValueError(f"{name}: expected shape ({symbols}) = {expected}, got {info.shape}")
 
 
-def _dtype(name: str, info: ArrayInfo, allowed: tuple[str, ...]) -> None:
+def check_dtype(name: str, info: ArrayInfo, allowed: tuple[str, ...]) -> None:
+    """Raises TypeError unless the dtype is one of these."""
     if info.dtype not in allowed:
         raise TypeError(f"{name}: expected dtype {' or '.join(allowed)}, got {info.dtype}")
 
@@ -83,13 +84,13 @@ def _head_dims(K: int, V: int) -> None:
 
 
 def _input_dtypes(infos: Mapping[str, ArrayInfo]) -> None:
-    _dtype("q", infos["q"], INPUT_DTYPES)
+    check_dtype("q", infos["q"], INPUT_DTYPES)
     for name in ("k", "v"):
-        _dtype(name, infos[name], INPUT_DTYPES)
+        check_dtype(name, infos[name], INPUT_DTYPES)
         if infos[name].dtype != infos["q"].dtype:
             raise TypeError(f"{name}: expected the dtype of q, {infos['q'].dtype}, got {infos[name].dtype}")
     for name in ("i", "f"):
-        _dtype(name, infos[name], GATE_DTYPES)
+        check_dtype(name, infos[name], GATE_DTYPES)
 
 
 def _one_device(infos: Mapping[str, ArrayInfo]) -> None:
@@ -113,7 +114,7 @@ def _packed(infos: Mapping[str, ArrayInfo], layout: str, B: int, T: int, chunk_s
     offsets = infos["cu_seqlens"]
     if len(offsets.shape) != 1 or offsets.shape[0] < 2:
         raise ValueError(f"cu_seqlens: expected shape (N + 1,) of N >= 1 sequences, got {offsets.shape}")
-    _dtype("cu_seqlens", offsets, OFFSET_DTYPES)
+    check_dtype("cu_seqlens", offsets, OFFSET_DTYPES)
     if layout != "bthd":
         raise ValueError(f"layout: expected 'bthd' with cu_seqlens, got {layout!r}")
     if B != 1:
@@ -124,7 +125,7 @@ def _packed(infos: Mapping[str, ArrayInfo], layout: str, B: int, T: int, chunk_s
             raise ValueError("chunk_size: expected that of the chunk_table, got None")
         size = table_size(T, sequences, min(chunk_size, LONGEST_CHUNK))
         _shape("chunk_table", table, "3 * (T // chunk_size + N) + N + 1", (size,))
-        _dtype("chunk_table", table, ("int32",))
+        check_dtype("chunk_table", table, ("int32",))
     return sequences
 
 
@@ -217,7 +218,7 @@ def check_call(
         _shape("n_initial", infos["n_initial"], f"{symbol}, H, K", (N, H, K))
         _state_m("m_initial", infos["m_initial"], (N, H), symbol)
         for name in STATES:
-            _dtype(name, infos[name], C_DTYPES if (name, form) == ("c_initial", "recurrent") else ("float32",))
+            check_dtype(name, infos[name], C_DTYPES if (name, form) == ("c_initial", "recurrent") else ("float32",))
     _one_device(infos)
 
     if strides is None:
@@ -321,9 +322,9 @@ def check_step(
         _shape(c, infos[c], "B, H, K, V", (B, H, K, V))
         _shape(n, infos[n], "B, H, K", (B, H, K))
         _state_m(m, infos[m], (B, H))
-        _dtype(c, infos[c], C_DTYPES if c == "c" else (infos["c"].dtype,))
-        _dtype(n, infos[n], ("float32",))
-        _dtype(m, infos[m], ("float32",))
+        check_dtype(c, infos[c], C_DTYPES if c == "c" else (infos["c"].dtype,))
+        check_dtype(n, infos[n], ("float32",))
+        check_dtype(m, infos[m], ("float32",))
     _one_device(infos)
     if strides is None:
         dims = {"q": K, "k": K, "v": V, "i": 1, "f": 1}

@@ -116,6 +116,7 @@ def no_launch(monkeypatch):
         "frontend_torch.library.run",
         "frontend_jax.operator.run_batched",
         "kernels_triton.reference.chunkwise",
+        "kernels_triton.reference.recurrent",
     ):
         monkeypatch.setattr(name, launched)
 
@@ -168,6 +169,61 @@ def test_bad_out_states(out, text):
     token = [x[:, :, 0] for x in arrays[:5]]
     with pytest.raises(TypeError, match=text):
         frontend_torch.mlstm_step(*token, *arrays[5:], out_states=out)
+
+
+@pytest.mark.parametrize("kind", ["nested", "quantised"])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # PyTorch's own, of both kinds
+def test_another_kind_of_memory(kind):
+    v = to_torch(CASE.arrays["v"])
+    v = torch.nested.nested_tensor(list(v)) if kind == "nested" else torch.quantize_per_tensor(v, 0.1, 0, torch.qint8)
+    with pytest.raises(TypeError, match=f"v: expected a dense tensor, got a {kind} one"):
+        OPERATORS["torch"](**{n: to_torch(x) for n, x in CASE.arrays.items()} | {"v": v})
+
+
+def step_arguments():
+    arrays = [to_torch(x).clone() for x in make_case(B=1, H=1, T=1, K=4, V=4).arrays.values()]
+    return [x.squeeze(2) if n < 5 else x for n, x in enumerate(arrays)]
+
+
+def memory(*sizes):
+    """Tensors of (1, 1, ...) that start at these places of one piece of memory."""
+    whole = torch.zeros(64)
+    return [whole[start : start + size] for start, size in sizes]
+
+
+OVERLAPS = {  # out_states' places in one piece of memory, and the text
+    "n-in-c": ((0, 16), (12, 4), (20, 1), r"out_states\[1\]: expected memory of its own, .* also out_states\[0\]'s"),
+    "m-in-n": ((0, 16), (16, 4), (19, 1), r"out_states\[2\]: expected memory of its own, .* also out_states\[1\]'s"),
+    "m-in-c": ((1, 16), (17, 4), (1, 1), r"out_states\[2\]: expected memory of its own, .* also out_states\[0\]'s"),
+}
+
+
+@pytest.mark.parametrize("c, n, m, text", OVERLAPS.values(), ids=OVERLAPS)
+def test_out_states_that_share_memory(c, n, m, text):
+    c, n, m = memory(c, n, m)
+    out = c.view(1, 1, 4, 4), n.view(1, 1, 4), m.view(1, 1)
+    for _ in range(2):  # the second time the step is a settled one
+        with pytest.raises(ValueError, match=text):
+            frontend_torch.mlstm_step(*step_arguments(), out_states=out)
+
+
+def test_out_states_that_share_memory_with_inputs():
+    arguments = step_arguments()
+    whole = torch.zeros(64)
+    arguments[5] = whole[:16].view(1, 1, 4, 4)
+    out = [torch.zeros_like(x) for x in arguments[5:]]
+    for place, text in ((4, "c"), (0, None), (16, None)):
+        out[0] = whole[place : place + 16].view(1, 1, 4, 4)
+        if text:
+            with pytest.raises(ValueError, match=rf"out_states\[0\]: expected memory of its own, .* also {text}'s"):
+                frontend_torch.mlstm_step(*arguments, out_states=tuple(out), backend="reference")
+        else:
+            with pytest.raises(AssertionError, match="something was executed"):
+                frontend_torch.mlstm_step(*arguments, out_states=tuple(out), backend="reference")
+    whole = torch.zeros(8)
+    arguments[0], out[0], out[1] = whole[:4].view(1, 1, 4), torch.zeros(1, 1, 4, 4), whole[2:6].view(1, 1, 4)
+    with pytest.raises(ValueError, match=r"out_states\[1\]: expected memory of its own, .* also q's"):
+        frontend_torch.mlstm_step(*arguments, out_states=tuple(out))
 
 
 @pytest.mark.parametrize("module", [frontend_torch, frontend_jax])

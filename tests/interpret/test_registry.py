@@ -1,5 +1,6 @@
 """The operator where something else than eager autograd sees it: compilers, transforms, modes, autocast, export."""
 
+import contextlib
 import functools
 
 import pytest
@@ -385,3 +386,45 @@ def test_a_subclass_of_tensor(arrays):
     h = flat(*(x.as_subclass(Tagged) for x in arrays))[0]
     assert isinstance(h, Tagged)
     assert torch.equal(h.as_subclass(torch.Tensor), flat(*arrays)[0])
+
+
+@pytest.mark.parametrize("registered", [False, True], ids=["eager", "registered"])
+def test_memory_that_does_not_hold_the_values(arrays, registered):
+    """Zeros that have none, as autograd makes them, and views whose sign is to be flipped: inputs and cotangents."""
+    options = {"chunk_size": 16, "backend": "interpret", "return_last_states": True}
+    kinds = {
+        "negative": (torch._neg_view, torch.neg),
+        "zero": (lambda x: torch._efficientzerotensor(x.shape), torch.zeros_like),
+    }
+
+    def results(tensors, cotangents):
+        leaves = [x.requires_grad_() if x.is_leaf else x for x in tensors]
+        context = FlopCounterMode(display=False) if registered else contextlib.nullcontext()
+        with context:
+            h, states = mlstm_chunkwise(*leaves, **options)
+        return [h, *states, *torch.autograd.grad([h, *states], leaves, cotangents)]
+
+    outputs = results([x.clone() for x in arrays], [torch.ones_like(x) for x in named_outputs(arrays, options)])[:4]
+    cotangents = [torch.randn_like(x) for x in outputs]
+    for odd, plain in kinds.values():
+        for n in range(8):
+            given = [odd(x.detach()) if n == y else x.detach().clone() for y, x in enumerate(arrays)]
+            known = [plain(x.detach()) if n == y else x.detach().clone() for y, x in enumerate(arrays)]
+            assert all(map(torch.equal, results(given, cotangents), results(known, cotangents)))
+        given, known = ([f(x) for x in cotangents] for f in (odd, plain))
+        assert all(map(torch.equal, *(results([x.detach().clone() for x in arrays], x) for x in (given, known))))
+
+
+def named_outputs(arrays, options):
+    h, states = mlstm_chunkwise(*(x.detach() for x in arrays), **options)
+    return [h, *states]
+
+
+def test_a_step_on_memory_that_does_not_hold_the_values():
+    case = make_case(T=1, K=4, V=4)
+    step = [x.squeeze(2) if n < 5 else x for n, x in enumerate(to_torch(x) for x in case.arrays.values())]
+    for n in range(8):
+        odd = [torch._neg_view(x) if n == y else x for y, x in enumerate(step)]
+        h, states = mlstm_step(*odd, backend="interpret")
+        expected, after = mlstm_step(*(-x if n == y else x for y, x in enumerate(step)), backend="interpret")
+        assert all(map(torch.equal, (h, *states), (expected, *after)))

@@ -10,6 +10,7 @@ import torch
 import frontend_jax.stages
 import frontend_torch.stages
 from frontend_torch import mlstm_chunkwise
+from kernels_triton import stages
 
 B, H, T, K, V, L = 1, 2, 70, 24, 40, 32
 NT = -(-T // L)
@@ -176,11 +177,98 @@ def test_bad_stage_input(module):
     convert = to_jax if module is frontend_jax.stages else lambda x: x
     q, k, v, i, f = map(convert, case.arrays[:5])
     dh = convert(case.dh)
-    with pytest.raises(ValueError, match=r"matDeltaH: expected an array, got None"):
+    with pytest.raises(TypeError, match=r"matDeltaH: expected an array, got None"):
         module._mlstm_chunkwise_bw(q, k, v, i, f)
     with pytest.raises(ValueError, match=r"num_chunks: expected ceil\(T / chunk_size\) = 3, got 1"):
         module._mlstm_chunkwise__recurrent_fw_C(k, v, i, f, chunk_size=L)
-    with pytest.raises(ValueError, match=r"vecN_out: expected shape \(1, 2, 70\), got \(1, 2, 70, 40\)"):
+    with pytest.raises(ValueError, match=r"vecN_out: expected shape \(B, H, T\) = \(1, 2, 70\), got \(1, 2, 70, 40\)"):
         module._mlstm_chunkwise_bw(q, k, v, i, f, matDeltaH=dh, vecN_out=dh, chunk_size=L)
     with pytest.raises(ValueError, match=r"chunk_size: expected a power of two from 16 to 512, got 48"):
         module._mlstm_chunkwise_bw(q, k, v, i, f, matDeltaH=dh, chunk_size=48)
+
+
+# Each stage's arguments that are arrays: what a stage takes.
+STAGE_ARRAYS = {
+    "_mlstm_chunkwise_fw": "matQ matK matV vecI vecF matC_initial vecN_initial scaM_initial",
+    "_mlstm_chunkwise__recurrent_fw_C": "matK matV vecI vecF matC_initial vecN_initial scaM_initial",
+    "_mlstm_chunkwise__recurrent_bw_dC": "matQ vecF scaM_inter vecM vecN_out matDeltaH matDeltaC_last",
+    "_mlstm_chunkwise__parallel_bw_dQKV": (
+        "matQ matK matV vecI vecF vecM_combine scaM_inter matC_states matDeltaH vecN_out matDeltaC_states"
+    ),
+    "_mlstm_chunkwise_bw": (
+        "matQ matK matV vecI vecF matC_initial vecN_initial scaM_initial matC_states scaM_states vecN_out vecM_out "
+        "matDeltaH matDeltaC_last"
+    ),
+}
+SIZES = {"B": B, "H": H, "T": T, "K": K, "V": V, "NT": NT, "BT": L, "NT + 1": NT + 1, "NT * K": NT * K}
+
+
+def stage_call(module, name):
+    """A stage function, and good arguments for it."""
+    make = torch.zeros if module is frontend_torch.stages else jnp.zeros
+    chunks = "recurrent" in name or "parallel" in name
+    shapes = stages.SHAPES | (dict.fromkeys(stages.GATES, stages.CHUNKED) if chunks else {})
+    names = STAGE_ARRAYS[name].split()
+    arrays = {x: make(tuple(SIZES[y] for y in shapes[x].split(", "))) for x in names}
+    return getattr(module, name), arrays | {"chunk_size": L} | ({"num_chunks": NT} if chunks else {})
+
+
+@pytest.mark.parametrize("name", STAGE_ARRAYS)
+@pytest.mark.parametrize("module", [frontend_torch.stages, frontend_jax.stages], ids=["torch", "jax"])
+def test_every_argument_of_a_stage_is_checked(module, name, monkeypatch):
+    """Its kind, rank, shape, dtype and device, by its name, before anything runs."""
+
+    def launched(*_, **__):
+        raise AssertionError("something was executed")
+
+    monkeypatch.setattr(module, "run", launched)
+    function, good = stage_call(module, name)
+    with pytest.raises(AssertionError, match="something was executed"):
+        function(**good)
+    for argument in STAGE_ARRAYS[name].split():
+        x = good[argument]
+        integers = x.to(torch.int32) if module is frontend_torch.stages else x.astype(jnp.int32)
+        bad = [("x", TypeError), (integers, TypeError), (x[0], ValueError), (x[..., :-1], ValueError)]
+        if module is frontend_torch.stages:
+            bad += [(x.to("meta"), ValueError), (x.to_sparse(), TypeError)]
+        if argument not in ("matQ", "matK", "matV", "vecI", "vecF"):
+            bad += [] if "matC_initial" not in good or "initial" not in argument else [(None, ValueError)]
+        elif argument != "matK" or "matQ" in good:
+            bad.append((None, TypeError))
+        for y, kind in bad:
+            with pytest.raises(kind) as error:
+                function(**good | {argument: y})
+            # The others are not like the first: then one of them is named.
+            named = [argument] if argument not in ("matQ", "matK", "matV", "matDeltaH") else list(good)
+            assert any(f"{z}: expected" in str(error.value) for z in named), (argument, error.value)
+
+
+@pytest.mark.parametrize("module", [frontend_torch.stages, frontend_jax.stages], ids=["torch", "jax"])
+@pytest.mark.parametrize(
+    "name, option, value, kind",
+    [
+        ("_mlstm_chunkwise_fw", "qk_scale", "x", TypeError),
+        ("_mlstm_chunkwise_fw", "eps", -1.0, ValueError),
+        ("_mlstm_chunkwise_fw", "return_last_states", 1, TypeError),
+        ("_mlstm_chunkwise_fw", "return_all_states", "yes", TypeError),
+        ("_mlstm_chunkwise__recurrent_fw_C", "num_chunks", float(NT), TypeError),
+        ("_mlstm_chunkwise__recurrent_bw_dC", "store_initial_state", 1, TypeError),
+        ("_mlstm_chunkwise__recurrent_bw_dC", "qk_scale", float("nan"), ValueError),
+        ("_mlstm_chunkwise__parallel_bw_dQKV", "num_chunks", True, TypeError),
+        ("_mlstm_chunkwise_bw", "chunk_size", None, TypeError),
+    ],
+)
+def test_every_option_of_a_stage_is_checked(module, name, option, value, kind):
+    function, good = stage_call(module, name)
+    with pytest.raises(kind, match=f"^{option}: expected"):
+        function(**good | {option: value})
+
+
+def test_a_cotangent_without_memory_or_with_flipped_signs():
+    case = Call(torch.float32)
+    backward = frontend_torch.stages._mlstm_chunkwise_bw
+    expected = backward(*case.arrays[:5], matDeltaH=-case.dh, chunk_size=L)
+    got = backward(*case.arrays[:5], matDeltaH=torch._neg_view(case.dh), chunk_size=L)
+    assert all(map(torch.equal, got[:5], expected[:5]))
+    nothing = backward(*case.arrays[:5], matDeltaH=torch._efficientzerotensor(case.dh.shape), chunk_size=L)
+    assert not any(x.any() for x in nothing[:5])
