@@ -92,8 +92,9 @@ def test_stages_compose_to_the_operator(call):
     )
     options = {"chunk_size": L, "backend": "interpret"}
     expected, states = mlstm_chunkwise(*case.arrays, return_last_states=True, **options)
-    assert torch.equal(h, expected)
-    assert all(torch.equal(x, y) for x, y in zip(last, states, strict=True))
+    # A stage hands on every chunk's state with its float32 stabiliser; the operator the last one alone.
+    for x, y in zip((h, *last), (expected, *states), strict=True):
+        close(x, y, tolerance)
     assert (cs.shape, ns.shape, ms.shape) == ((B, H, NT * K, V), (B, H, NT * K), (B, H, NT + 1))
     assert (d.shape, m.shape) == ((B, H, T), (B, H, T))
 
