@@ -150,8 +150,8 @@ class Builder(FusedBuilder, RecurrentBuilder):
         reads = p.exact and not given and not factor  # else there is so little to do that a program takes a whole chunk
         if not reads:
             tile = dataclasses.replace(tile, BT=self.L, num_warps=self._token_warps)
-        sb, sh, st = self.strides["dh"]
-        unit = math.gcd(16, sb, sh, st) or 16
+        sb, sh, st = self._steps("dh")
+        unit = math.gcd(16, sb, sh, st)
         return self._launch(
             normaliser_backward,
             {

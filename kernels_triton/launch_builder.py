@@ -32,8 +32,8 @@ class LaunchBuilder:
         self.NT = packed_chunks(problem.T, problem.sequences, self.L) if self.packed else cdiv(problem.T, self.L)
         self.G = max(1, min(32, self.config.gates // self.L))  # chunks that the gates' kernels take at a time
         self.rows = (problem.B, problem.H, self.NT * self.L)
-        h = contiguous_strides(problem.H, problem.T, problem.V, problem.layout)
-        self.strides: dict[str, Strides] = {**dict(problem.strides), "h": h}
+        self.strides: dict[str, Strides] = dict(problem.strides)
+        self.strides["h"] = contiguous_strides(problem.H, problem.T, problem.V, problem.layout)
         self.state_dtype = "bfloat16" if problem.dtype == "bfloat16" else "float32"
         # The backward pass of the recurrent form makes the chunkwise h for itself alone: no need to round it.
         self.h_dtype = "float32" if problem.form == "recurrent" else problem.dtype
@@ -115,15 +115,22 @@ class LaunchBuilder:
             "PRECISION": self.precision,
         }
 
+    def _steps(self, buffer: str) -> Strides:
+        """The (batch, head, token) strides of a buffer, 0 along an axis of size 1, whose stride may be anything.
+
+        The unit that strides have in common decides how a tile is loaded, and so in which order some sums add.
+        """
+        sb, sh, st = self.strides[buffer]
+        return (sb if self.p.B > 1 else 0, sh if self.p.H > 1 else 0, st if self.p.T > 1 else 0)
+
     def _tokens(self, tile: Tile, *tensors: tuple[str, str]) -> tuple[dict[str, Operand], int]:
         """Parameters `x, x_sb, x_sh, x_st` of (parameter, buffer) pairs; strides in units that keep loads aligned."""
         p = self.p
-        used = [s for _, buffer in tensors for s in self.strides[buffer]]
-        unit = math.gcd(16, *used) or 16
+        unit = math.gcd(16, *(s for _, buffer in tensors for s in self._steps(buffer)))
         parameters: dict[str, Operand] = {}
         for name, buffer in tensors:
             D, block = (p.K, tile.BK) if buffer in ("q", "k") else (p.V, tile.BV)
-            strides = self.strides[buffer]
+            strides = self._steps(buffer)
             parameters[name] = buffer
             if self.source(tile):
                 # A stride of an axis of size 1 may be anything but must be aligned.
@@ -145,7 +152,7 @@ class LaunchBuilder:
     def _strided(self, parameter: str, buffer: str | None = "") -> dict[str, Operand | None]:
         """`x, x_sb, x_sh, x_st` of a tensor read element by element. buffer: if of another name, None if absent."""
         buffer = parameter if buffer == "" else buffer
-        sb, sh, st = self.strides[buffer] if buffer else (0, 0, 0)
+        sb, sh, st = self._steps(buffer) if buffer else (0, 0, 0)
         return {parameter: buffer, f"{parameter}_sb": sb, f"{parameter}_sh": sh, f"{parameter}_st": st}
 
     def _launch(

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .chunk_forward import rows_forward
 from .common import GIVEN, POINTERS, dot, load_pair, operand, times_vector
-from .packing import chunk_count, end_of_walk, sequence_span
+from .packing import chunk_count, sequence_span, walk
 from .segments import FOLLOW, segment_chunks, state_before, sums_offset
 from .tiles import contiguous_rows, load_state, load_tokens, load_vector, store_state, store_vector, token_view
 
@@ -120,7 +120,10 @@ def fused_forward(
     if not NORMALIZE and pid == 0:
         tl.store(r, 0.0)
 
-    walk_end = end_of_walk(first, stop, t_first, t_end, PACKED)
+    walk_end, scale = walk(first, stop, t_first, t_end, gamma + head * n_chunks + first, PACKED)
+    if PACKED:
+        b_state *= scale
+        b_norm *= scale
     for step in tl.range(first * PER, walk_end * PER, disable_licm=True):
         n = step // PER
         within = step % PER * BT

@@ -17,7 +17,7 @@ from .common import (
     trace,
 )
 from .keys_backward import keys_backward
-from .packing import chunk_count, end_of_walk, sequence_span
+from .packing import chunk_count, sequence_span, walk
 from .queries_backward import queries_backward
 from .tiles import (
     contiguous_rows,
@@ -112,7 +112,10 @@ def fused_backward(
             product += tl.sum(b_norm * load_vector(n_last + state * K, o_k, K, BK), 0)
     tl.store(outer + state * 2, product)
 
-    walk_end = end_of_walk(first, stop, t_first, t_end, PACKED)
+    walk_end, scale = walk(first, stop, t_first, t_end, gamma + head * n_chunks + first, PACKED)
+    if PACKED:
+        b_state *= scale
+        b_norm *= scale
     for step in tl.range(first, walk_end, disable_licm=True):  # what it would hoist fills the registers
         n = first + stop - 1 - step
         t = t_first + (n - first) * L

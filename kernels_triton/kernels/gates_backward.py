@@ -89,7 +89,8 @@ def gates_backward(
         dm0 += tl.where(pick < 0, rho, 0.0)
         if HAS_DLAST:
             # <dC, C> of the last state is w, what this chunk's tokens add and what later ones gain. If those are small,
-            # it is taken from these sums, so that the rounding of w, which rho is to cancel, cancels too.
+            # it is taken from these sums, so that the rounding of w, which rho is to cancel, cancels too. Where nothing
+            # is to cancel (cotangents of zeros) there are other bits to keep: those of no cotangents.
             gained = tl.full([], 0.0, tl.float64)
             squares = tl.full([], 0.0, tl.float64)
             for n0 in range(n + 1, last_chunk + 1, CHUNKS):
@@ -99,7 +100,7 @@ def gates_backward(
                 gain = tl.load(p_gains, mask=m_n, other=0.0).to(tl.float64)
                 gained += tl.sum(gain + tl.load(p_gains + n_chunks, mask=m_n, other=0.0).to(tl.float64), 0)
                 squares += tl.sum(tl.load(p_gains + 2 * n_chunks, mask=m_n, other=0.0).to(tl.float64), 0)
-            if squares < w * w + tl.sum(b_u * b_u, 0):
+            if (rho != 0.0) & (squares < w * w + tl.sum(b_u * b_u, 0)):
                 rho += at_last - (w + tl.sum(b_u, 0) + gained)
         b_di += tl.where(t == pick, rho, 0.0)
         b_dlogf += tl.where(t > pick, rho, 0.0)

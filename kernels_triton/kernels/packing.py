@@ -66,11 +66,18 @@ def sequence_span(chunks, sequence, n_chunks, T, L: tl.constexpr, PACKED: tl.con
 
 
 @triton.jit
-def end_of_walk(first, stop, t_first, t_end, PACKED: tl.constexpr):
-    """The end of chunks to walk along: none of an empty sequence, whose one token to read is its neighbour's."""
+def walk(first, stop, t_first, t_end, p_gamma, PACKED: tl.constexpr):
+    """The end of the chunks to walk along, and the scale of what was before them.
+
+    An empty sequence has none: the one token that may be read is its neighbour's. What was before it goes to its end by
+    its only chunk's gamma, at p_gamma.
+    """
+    scale = tl.full([], 1.0, tl.float32)
     if PACKED:
-        stop = tl.where(t_end > t_first, stop, first)
-    return stop
+        if t_end <= t_first:
+            stop = first
+            scale = tl.exp2(tl.load(p_gamma))
+    return stop, scale
 
 
 @triton.jit

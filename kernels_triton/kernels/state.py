@@ -15,7 +15,7 @@ from .common import (
     operand,
     state_weight,
 )
-from .packing import chunk_count, end_of_walk, sequence_span
+from .packing import chunk_count, sequence_span, walk
 from .segments import FOLLOW, LAST, ONE, SUM, segment_chunks, state_before, sums_offset
 from .tiles import load_state, load_tokens, load_vector, state_view, store_state, store_vector, token_view
 
@@ -170,7 +170,10 @@ def state_scan(
     left = tl.full([], 1.0, tl.float32)
     end = tl.maximum(t_end, t_first + 1)  # of what may be read
 
-    walk_end = end_of_walk(first, stop, t_first, t_end, PACKED)
+    walk_end, scale = walk(first, stop, t_first, t_end, gamma + head * n_chunks + first, PACKED)
+    if PACKED:
+        b_state *= scale
+        b_norm *= scale
     for step in range(first * PER, walk_end * PER):
         n = step // PER
         if BACKWARD:
