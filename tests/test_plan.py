@@ -286,3 +286,10 @@ def test_packed_sequences_are_read_by_pointers():
             for x in launch.operands.values()
         }
         assert found == {False} | ({True} if not sequences else set())
+
+
+def test_strides_along_axes_of_one_element_change_no_launch():
+    """PyTorch has them as 0, JAX as its contiguous arrays have them; a unit that is larger would load other tiles."""
+    p = problem(1, 1, 1, 189, 65, dtype="float32")
+    zeros = dataclasses.replace(p, strides=tuple((name, (0, 0, 0)) for name, _ in p.strides))
+    assert launches(p) == launches(zeros)

@@ -127,3 +127,15 @@ def test_closed_gates_from_a_state_of_no_weight_in_the_fused_kernel(closed, monk
     got = run("torch", case, "interpret")
     assert np.isfinite(got["h"]).all()
     check({n: got[n] for n in got}, case, like=like)
+
+
+def test_cotangents_of_zeros_give_the_bits_of_none():
+    """JAX hands zeros to the backward pass where only h is in the loss, PyTorch nothing."""
+    case = make_case(T=70, K=17, dtype="bfloat16", chunk_size=16, f_mean=6.0, cotangents=("h",))
+    case = case.but(return_last_states=True)
+    same_bits(*(run(framework, case, "interpret") for framework in ("torch", "jax")))
+
+
+def test_an_empty_sequence_with_gates_in_bfloat16():
+    case = packed_case((0, 1), H=1, i_dtype="bfloat16", f_dtype="bfloat16", dtype="bfloat16")
+    same_bits(*(run(framework, case, "interpret", with_offsets((0, 1))) for framework in ("torch", "jax")))
