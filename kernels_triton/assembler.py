@@ -5,7 +5,7 @@ access, mostly for odd V above 96. So our kernels are compiled with
 
 1. the ptxas that the user chose for Triton (`TRITON_PTXAS_PATH`, or `triton.knobs.nvidia.ptxas`), if any;
 2. else the newest one that the GPU's driver can load code of, among those in Triton's wheel, in NVIDIA's
-   nvidia-cuda-nvcc wheels, and in a CUDA toolkit (CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda).
+   nvidia-cuda-nvcc wheels, and in a CUDA toolkit (CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, /opt/cuda).
 
 On Hopper one older than 12.9 is refused with a RuntimeError before anything is launched. Other people's Triton kernels
 in the same process keep their assembler: nothing global is changed, not even while ours compile.
@@ -35,6 +35,7 @@ HOPPER = 90  # the compute capability
 OLDEST = (12, 9, 0)  # on Hopper; of 12.8 there is proof, and those before it are unknown
 FIRST = 75  # the oldest compute capability that CUDA 13 assembles for
 UNSAFE = "MLSTM_UNSAFE_OLD_PTXAS"
+TOOLKITS = ("/usr/local/cuda", "/opt/cuda")  # where a CUDA toolkit is installed
 XLA_OLDEST, XLA_EXCLUDED = (11, 8, 0), (12, 3, 103)  # XLA itself passes over anything older, and over this one
 
 
@@ -46,8 +47,12 @@ class Assembler:
     banner: str
     version: tuple[int, int, int]
 
+    @property
+    def name(self) -> str:
+        return f"ptxas {'.'.join(map(str, self.version))}"
+
     def __str__(self) -> str:
-        return f"ptxas {'.'.join(map(str, self.version))} ({self.path})"
+        return f"{self.name} ({self.path})"
 
     @property
     def release(self) -> str:
@@ -100,7 +105,7 @@ def candidates() -> Iterator[Path]:
     on_path = shutil.which("ptxas")
     if on_path:
         yield Path(on_path)
-    yield Path("/usr/local/cuda/bin/ptxas")
+    yield from (Path(root, "bin", "ptxas") for root in TOOLKITS)
 
 
 @functools.cache
@@ -294,7 +299,7 @@ def xla_candidates(folder: str | Path) -> Iterator[Path]:
     yield Path("bin", "ptxas")
     yield from (Path(x, "ptxas") for x in os.environ.get("PATH", "").split(":"))
     roots = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
-    roots += [Path("/usr/local/cuda"), Path("/opt/cuda")]
+    roots += [Path(root) for root in TOOLKITS]
     wheel = "cu13" if "cuda13" in Path(folder).name else "cuda_nvcc"
     roots += [Path(folder, x) for x in (f"../nvidia/{wheel}", f"../../nvidia/{wheel}", "cuda")]
     roots += [Path(folder, x) for x in ("../../../..", "../../../../..")]

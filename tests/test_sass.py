@@ -39,6 +39,16 @@ def test_both_halves_from_one_register():
     assert wrong_addresses(LOAD + BASE + SEVEN + HALVES.replace("UIADD3.X UR5, UR7", "UIADD3.X UR5, URZ")) == []
 
 
+def test_both_halves_from_one_register_though_far_apart():
+    """From chunk_forward of (64, 97) by ptxas 12.8, which reads outside of shared memory; 12.9 takes two registers."""
+    lower = "        /*4a00*/                   UIADD3 UR14, UP0, UR6, 0x40, URZ ;    /* 0x000000400600e890 */\n"
+    upper = "        /*4bd0*/                   UIADD3.X UR15, UR6, -0x7fffffe0, URZ, UP0, !UPT ;    /* 0x800 */\n"
+    known = BASE.replace("UR12", "UR6")
+    between = "        /*4a10*/                   LDS.U16 R9, [R8+0x10] ;    /* 0x0000100008097984 */\n" * 40
+    assert wrong_addresses(known + lower + between + upper) == ["UIADD3.X UR15, UR6, -0x7fffffe0, URZ, UP0, !UPT "]
+    assert wrong_addresses(known + lower + between + upper.replace("UR6", "URZ")) == []
+
+
 def test_sound_code_is_not_reported():
     assert wrong_addresses(LOAD + USE + BASE + RIGHT) == []
 

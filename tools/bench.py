@@ -1,6 +1,7 @@
 """Times the operator against its peers, side by side on one machine, with memory, launches and hardware floors.
 
     python -m tools.bench [--quick] [--shapes GLOB ...] [--implementations GLOB ...] [--json PATH]
+    python -m tools.bench --heads --shapes 'heads-*' --passes fw --passes fw+bw      odd head dims beside even ones
     python -m tools.bench --compare old.json       ratio per row; exit code 1 if one of ours got slower
     python -m tools.bench --plot old.json          the pictures from a file; needs no GPU
 
@@ -131,6 +132,7 @@ def main(
     quick: bool = typer.Option(False, "--quick", help="Few small shapes, short rounds."),
     sweep: bool | None = typer.Option(None, "--sweep/--no-sweep", help="Lengths at a constant number of tokens."),
     scaling: bool | None = typer.Option(None, "--scaling/--no-scaling", help="Lengths of one sequence, to 1M tokens."),
+    heads: bool = typer.Option(False, "--heads", help="Odd head dims beside even ones; ours alone."),
     engine_thread: bool = typer.Option(False, "--engine-thread", help="Gradients on autograd's own thread."),
     json_path: Path = typer.Option(Path("out/bench.json"), "--json", help="Results; pictures go beside it."),
     plot: Path | None = typer.Option(None, help="Take the results from this file instead of measuring."),
@@ -158,6 +160,7 @@ def main(
             name: (device == "cuda" and not quick) if given is None else given
             for name, given in (("sweep", sweep), ("scaling", scaling))
         }
+        tables["heads"] = heads
         jobs = bench_cases.plan(
             device,
             shapes=shapes,

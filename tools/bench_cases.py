@@ -12,6 +12,7 @@ X = TypeVar("X")
 
 PASSES = ("fw", "fw+bw", "bw")
 TABLES = ("shapes", "sweep", "scaling")
+HEADS = "heads"  # a table of its own, which is measured only when asked for, and of ours alone
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,21 @@ SWEEP_TOKENS = 65536
 SWEEP = tuple(Shape(f"T{T}", SWEEP_TOKENS // T, 16, T, 128, 256, "sweep") for T in (2**n for n in range(9, 17)))
 SCALING = tuple(Shape(f"scale-T{T}", 1, 8, T, 128, 128, "scaling") for T in (4**n for n in range(5, 11)))
 
+# Odd head dims between the even ones beside them: V of K = 64 and K = 128, then K of V = 256.
+HEAD_DIMS = (
+    *((64, V) for V in (96, 97, 98, 104)),
+    *((128, V) for V in (255, 256, 257, 264)),
+    *((K, 256) for K in (127, 129, 136)),
+)
+HEAD_SHAPES = tuple(Shape(f"heads-{K}x{V}", 8, 16, 2048, K, V, HEADS) for K, V in HEAD_DIMS)
+
 CPU_SHAPES = (
     Shape("CPU", 1, 2, 256, 32, 32, small=True),
     Shape("CPU-odd", 2, 3, 191, 24, 40, small=True),
 )
 CPU_SWEEP = tuple(Shape(f"T{T}", 1024 // T, 2, T, 16, 16, "sweep", small=True) for T in (128, 256, 512, 1024))
 CPU_SCALING = tuple(Shape(f"scale-T{T}", 1, 2, T, 16, 16, "scaling", small=True) for T in (128, 512, 2048))
+CPU_HEAD_SHAPES = tuple(Shape(f"heads-16x{V}", 1, 2, 256, 16, V, HEADS, small=True) for V in (16, 17))
 
 QUICK = {"cuda": (AS, S), "cpu": CPU_SHAPES[:1]}
 OTHER_DTYPES = {"cuda": (AS, S), "cpu": CPU_SHAPES[:1]}  # for all but the first of these
@@ -137,8 +147,8 @@ def _peer(name: str, target: str, tables: tuple[str, ...] = TABLES, note: str = 
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("ours torch", "ours_torch", modules=("triton",)),
-    Implementation("ours JAX", "ours_jax", modules=("jax", "jax_triton")),
+    Implementation("ours torch", "ours_torch", modules=("triton",), tables=(*TABLES, HEADS)),
+    Implementation("ours JAX", "ours_jax", modules=("jax", "jax_triton"), tables=(*TABLES, HEADS)),
     Implementation(
         "ours torch, pointers",
         "ours_torch",
@@ -194,7 +204,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         devices=("cuda",),
         small=True,
     ),
-    Implementation("reference, torch eager", "reference_torch", tables=TABLES, devices=("cpu",)),
+    Implementation("reference, torch eager", "reference_torch", tables=(*TABLES, HEADS), devices=("cpu",)),
     Implementation(
         "reference, XLA", "reference_jax", modules=("jax",), tables=TABLES, devices=("cuda", "cpu"), small=True
     ),
@@ -213,13 +223,14 @@ def matching(items: Sequence[X], patterns: Iterable[str], what: str, name: Calla
     return [x for x in items if not patterns or any(fnmatch.fnmatch(name(x), p) for p in patterns)]
 
 
-def shapes_of(device: str, sweep: bool, scaling: bool) -> tuple[Shape, ...]:
+def shapes_of(device: str, sweep: bool, scaling: bool, heads: bool = False) -> tuple[Shape, ...]:
     """All shapes that a device has, of the tables asked for."""
     on_gpu = device == "cuda"
     return (
         *(SHAPES if on_gpu else CPU_SHAPES),
         *(() if not sweep else SWEEP if on_gpu else CPU_SWEEP),
         *(() if not scaling else SCALING if on_gpu else CPU_SCALING),
+        *(() if not heads else HEAD_SHAPES if on_gpu else CPU_HEAD_SHAPES),
     )
 
 
@@ -233,10 +244,11 @@ def plan(
     quick: bool = False,
     sweep: bool = True,
     scaling: bool = True,
+    heads: bool = False,
 ) -> list[Job]:
     """The jobs of a run, in order. Patterns are globs; raises ValueError for one that matches nothing."""
     shapes, implementations = tuple(shapes), tuple(implementations)
-    available = shapes_of(device, sweep, scaling)
+    available = shapes_of(device, sweep, scaling, heads)
     wanted = matching(available, shapes, "shapes", lambda x: x.name)
     if quick and not shapes:
         wanted = [x for x in available if x in QUICK[device] or x.table != "shapes"]

@@ -3,8 +3,10 @@
     python -m tools.compile_check [--target sm_90 ...] [--heads 128x256 ...] [--dtype bfloat16 ...] [--json PATH]
 
 The PyTorch side runs the frontend's own executor on tensors without memory, against a driver that only names a target;
-the JAX side lowers the frontend's own executor for CUDA. The assembler is the one that users get on this machine
-(kernels_triton/assembler.py); JAX's PTX is not assembled. Exit code 1 if the PTX differs, a kernel does not compile, its
+the JAX side lowers the frontend's own executor for CUDA. The assembler is the one that users of PyTorch get on this
+machine (kernels_triton/assembler.py); JAX's PTX is compared, not assembled.
+
+Exit code 1 if the PTX differs, a kernel does not compile, its
 shared memory exceeds the target's, it spills thousands of bytes, its Hopper code has a known defect of the assembler
 (sass.py), the assembler runs its matrix instructions one at a time, or what it sums up through tensor descriptors, as
 PyTorch does, it adds in another order than by pointers, as JAX does (sums.py).
@@ -197,7 +199,7 @@ def _assemblers(targets: list[str]) -> str:
 def main(
     target: list[str] = typer.Option(list(TARGETS), help="GPU architectures to compile for."),
     heads: list[str] = typer.Option(
-        list(HEADS), help=f"Head dimensions, KxV. By default also {', '.join(ODD)} in bfloat16 on Hopper."
+        list(HEADS), help="Head dimensions, KxV. By default odd V too, in bfloat16 on Hopper."
     ),
     dtype: list[str] = typer.Option(list(DTYPES), help="dtypes of q, k, v."),
     jobs: int = typer.Option(2, min=1, help="Processes side by side."),
@@ -237,8 +239,9 @@ def main(
     same = [x.same_as_jax for x in rows if x.same_as_jax is not None]
     fitting = sum(x.shared <= x.shared_limit for x in rows)
     console.print(
-        f"Triton {triton.__version__}{_assemblers(target)}: {len(rows)} kernels compiled; PTX equal for {sum(same)} of {len(same)} lowered "
-        f"through JAX; shared memory within limits for {fitting}; {sum(x.spills > 0 for x in rows)} with spills; "
+        f"Triton {triton.__version__}{_assemblers(target)}: {len(rows)} kernels compiled; "
+        f"PTX equal for {sum(same)} of {len(same)} lowered through JAX; "
+        f"shared memory within limits for {fitting}; {sum(x.spills > 0 for x in rows)} with spills; "
         f"{sum(x.defects > 0 for x in rows)} with defects of the assembler; "
         f"{sum(x.serialised for x in rows)} with matrix instructions one at a time; "
         f"{sum(x.other_order for x in rows)} that add in another order through descriptors "

@@ -1,7 +1,9 @@
 """Looks in compiled Hopper code for a defect of the assembler: a matrix product that reads from a wrong address.
 
 ptxas 12.8, which Triton ships up to 3.7.1, sometimes computes a shared-memory descriptor of wgmma from the wrong
-uniform register. The product then reads garbage, mostly without an error. 12.9 and 13.0 compile the same PTX well.
+uniform register. The product then reads garbage, mostly without an error. 12.9 and 13.0 compile the same PTX well,
+and our kernels are launched on Hopper only as those made them (kernels_triton/assembler.py); this is a second look.
+For odd V above 96 the outputs' kernel (chunk_forward) has the first sign, as 12.8 makes it.
 Three signs betray it: both halves of the 64-bit descriptor come from one register, or from the descriptor of global
 memory, or one from a register that nothing has written.
 """

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from kernels_triton import assembler, plan
 from kernels_triton import config as tables
-from kernels_triton import plan
 from kernels_triton.config import Config, Tile
 from kernels_triton.launch import Launch
 from kernels_triton.problem import Problem, contiguous_strides
@@ -81,10 +81,14 @@ def this_architecture() -> str:
 
 
 def machine() -> str:
-    """The GPU and the compiler, for the table's record."""
+    """The GPU, the compiler and the assembler, for the table's record."""
     import triton
 
-    return f"{torch.cuda.get_device_name()}, Triton {triton.__version__}"
+    found = f"{torch.cuda.get_device_name()}, Triton {triton.__version__}"
+    if torch.version.hip:
+        return found
+    major, minor = torch.cuda.get_device_capability()
+    return f"{found}, {assembler.choose(10 * major + minor).name}"
 
 
 def table_path(arch: str) -> Path:

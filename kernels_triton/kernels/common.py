@@ -32,7 +32,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 def cast(x, DTYPE: tl.constexpr):
     """x in another float dtype, rounded to nearest even."""
     if INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter truncates: round before it does
-        bits = tl.where(x == x, x.to(tl.float32), 0.0).to(tl.uint32, bitcast=True)  # a NaN's may be the largest there are
+        bits = tl.where(x == x, x.to(tl.float32), 0.0).to(
+            tl.uint32, bitcast=True
+        )  # a NaN's may be the largest there are
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, rounded.to(tl.uint32).to(tl.float32, bitcast=True), x.to(tl.float32))
     return x.to(DTYPE)
