@@ -32,3 +32,19 @@ def test_forward_mode_is_refused(backend):
         jax.jvp(lambda q: f(**{**ARRAYS, "q": q}), (ARRAYS["q"],), (ARRAYS["q"],))
     with pytest.raises(TypeError, match="forward-mode"):  # JAX's own words, once it is traced
         jax.jacfwd(jax.jit(lambda q: f(**{**ARRAYS, "q": q})))(ARRAYS["q"])
+
+
+def test_repeated_calls_compile_nothing(backend, caplog):
+    """A pass has one callback: JAX compiles an eager call once for each callback, and keeps it."""
+    gradients = jax.grad(lambda x: mlstm_chunkwise(**x, **CASE.options, backend=backend)[0].sum())
+
+    def compiled_by(calls):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
+            for _ in range(calls):
+                mlstm_chunkwise(**ARRAYS, **CASE.options, backend=backend)
+                gradients(ARRAYS)
+        return [x.getMessage() for x in caplog.records if "Finished XLA compilation" in x.getMessage()]
+
+    compiled_by(1)
+    assert compiled_by(20) == []
