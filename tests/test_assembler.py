@@ -319,7 +319,10 @@ def compiled(tmp_path, **environment):
 
     cache = tmp_path / "cache" / str(len(environment))
     env = {name: x for name, x in os.environ.items() if name not in VARIABLES}
-    env |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)} | environment
+    env |= {
+        "TRITON_CACHE_DIR": str(cache),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    } | environment
     script = tmp_path / "worker.py"  # Triton reads a kernel's source
     script.write_text(WORKER)
     command = [sys.executable, str(script), str(stub_driver.build(tmp_path))]
@@ -354,7 +357,8 @@ def test_other_kernels_keep_their_assembler_when_ours_fails(tmp_path):
 def test_nothing_is_launched_that_an_old_assembler_made(tmp_path):
     real = assembler.newest(x for x in assembler.candidates() if "triton" in x.parts).path
     old = fake(tmp_path / "old", "12.8", otherwise=f'exec {real} "$@"')
-    used, error, launches, keys = compiled(tmp_path, TRITON_PTXAS_PATH=str(old))
+    chosen = dict.fromkeys(("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"), str(old))  # 3.9 reads the second
+    used, error, launches, keys = compiled(tmp_path, **chosen)
     assert not used and not launches and not keys and f"got 12.8.1 at {old}, which miscompiles" in error
-    used, error, launches, keys = compiled(tmp_path, TRITON_PTXAS_PATH=str(old), MLSTM_UNSAFE_OLD_PTXAS="1")
+    used, error, launches, keys = compiled(tmp_path, **chosen, MLSTM_UNSAFE_OLD_PTXAS="1")
     assert used == {str(old)} and launches == len(keys) > 1 and not error
