@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float, Float32, Int
 
 from kernels_triton import packing, reference
@@ -57,30 +58,36 @@ def kernels_call(static: Static, arrays: Arrays) -> Any:
     return _outputs(static, run_batched(make, static.problem, arrays, static.backend))
 
 
-def _forward(static: Static, arrays: Arrays) -> tuple[Any, Arrays]:
+def _forward(static: Static, primals: dict[str, Any]) -> tuple[Any, Arrays]:
+    """primals: each with its value and whether it is differentiated, as symbolic zeros have it."""
     from kernels_triton import plan
 
+    arrays = {name: x.value for name, x in primals.items()}
     results = run_batched(plan.forward_pass, static.problem, arrays, static.backend)
     kept = plan.saved(static.problem, static.return_last_states)
     return _outputs(static, results), {name: x for name, x in (arrays | results).items() if name in kept}
 
 
+def _materialised(x: Array | SymbolicZero) -> Array:
+    """A cotangent as an array, zeros where nothing depends on its output."""
+    return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
+
+
 def _backward(static: Static, saved: Arrays, cotangents: Any) -> tuple[Arrays]:
     from kernels_triton import plan
 
-    env = dict(saved)
-    if static.return_last_states:
-        env["dh"], dlast = cotangents
-        env.update((f"d{name}", x) for name, x in zip(plan.LAST, dlast, strict=True))
-    else:
-        env["dh"] = cotangents
-    make = functools.partial(plan.backward_pass, has_dlast=static.return_last_states)
+    dh, dlast = cotangents if static.return_last_states else (cotangents, ())
+    # As in PyTorch, the pass is one without cotangents of last states where the loss does not depend on these.
+    has_dlast = not all(isinstance(x, SymbolicZero) for x in dlast)
+    given = {"dh": dh} | (dict(zip(map("d{}".format, plan.LAST), dlast, strict=True)) if has_dlast else {})
+    env = varying(saved | {name: _materialised(x) for name, x in given.items()})
+    make = functools.partial(plan.backward_pass, has_dlast=has_dlast)
     results = run_batched(make, static.problem, env, static.backend)
     gradients: dict[str, Any] = {name.removeprefix("d"): x for name, x in results.items()}
     return (gradients | {name: np.zeros(shape, jax.dtypes.float0) for name, shape in static.integers},)
 
 
-kernels_call.defvjp(_forward, _backward)
+kernels_call.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _here(static: Static, arrays: Arrays) -> Any:

@@ -72,6 +72,7 @@ class Config:
 
 
 FUSED = ("fused", "dfused")
+SPREAD = ("state", "dstate", "forward", "backward")
 TILES = tuple(x.name for x in fields(Config) if x.name not in ("L", "gates"))
 
 
@@ -112,6 +113,11 @@ def fused_segments(heads: int, parts: int) -> int:
     return segments if programs >= 0.8 * rounds * SIDE_BY_SIDE else 0
 
 
+def value_by_value(problem: Problem) -> bool:
+    """Whether rows of 16-bit values start at odd ones, so that each value is loaded alone, to a register of its own."""
+    return problem.dtype != "float32" and (problem.K % 2 == 1 or problem.V % 2 == 1)
+
+
 def configure(problem: Problem) -> Config:
     """The configuration for a problem; valid for every K, V up to 512 and every chunk size.
 
@@ -119,26 +125,36 @@ def configure(problem: Problem) -> Config:
     """
     entry = next(x for x in table(problem.arch) if serves(x, problem))
     L: int = problem.chunk_size or entry["L"]
+    nvidia = problem.arch.startswith("sm_")
 
-    def block(size: int, most: int) -> int:
-        least = MIN_BLOCK[problem.dtype]
+    def block(size: int, most: int, least: int = MIN_BLOCK[problem.dtype]) -> int:
         return least if size < least else min(most, next_power_of_2(size))
 
     def tile(name: str) -> Tile:
         BT, BS, BK, BV, num_warps, num_stages, *rest = entry[name]
         descriptors = rest[0] if rest else 1
         span = rest[1] if len(rest) > 1 else 1
-        if name in ("forward", "backward") and L > entry["L"]:  # a program holds a row of scores as long as the chunk
-            least = min(64, L // 4)
+        holds_row = name in ("forward", "backward")
+        long = holds_row and L > entry["L"]
+        if long:  # a program holds a row of scores as long as the chunk
+            least = min(64, L // (4 if problem.matrix_units else 8))
             BT, BS, num_warps, span = max(BT, least), max(BS, least), max(num_warps, L // 64), 1
-        if name in ("forward", "backward") and L > LONGEST_CHUNK:  # the stage functions alone: it fits, it is not fast
-            # 64 values: two groups of warps that share a product of 32 have ended with an illegal memory access.
-            BK, BV, num_stages = min(BK, 64), max(BV, 64) if problem.matrix_units else BV, 1
+        if (long and nvidia) or (holds_row and L > LONGEST_CHUNK):
+            BK = min(BK, 64 if problem.matrix_units else 32)
+        spread = nvidia and name in SPREAD and (long or value_by_value(problem))
+        if spread:
+            # Over more threads: with so many values in each, ptxas spills kilobytes, and has spilt wrongly
+            # (tools/sass.py).
+            num_warps = max(num_warps, 8)
+        if holds_row and L > LONGEST_CHUNK:  # the stage functions alone: it fits, it is not fast
+            spread, num_stages = True, 1
+        # Two groups of warps that share a product of 32 values have ended with an illegal memory access.
+        values = block(problem.V, max(BV, 64), 64) if spread and problem.matrix_units else block(problem.V, BV)
         return Tile(
             BT=min(BT, L),
             BS=min(BS, L),
             BK=block(problem.K, BK),
-            BV=block(problem.V, BV),
+            BV=values,
             num_warps=num_warps,
             num_stages=num_stages,
             descriptors=descriptors,

@@ -116,8 +116,13 @@ def chunkwise(
     scan: Scan = python_scan,
     input_gate: str = "exponential",
     normalize: bool = True,
+    held: bool = False,
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    """Chunk by chunk: attention inside a chunk, a state between chunks. Same result as `recurrent` to rounding."""
+    """Chunk by chunk: attention inside a chunk, a state between chunks. Same result as `recurrent` to rounding.
+
+    held: stabilisers between chunks are constants in the backward pass, as the kernels have them. The same gradients,
+    since h does not depend on them; but other terms cancel, and other roundings are left.
+    """
     xp = array_api_compat.array_namespace(q)
     B, H, T, _ = q.shape
     L = min(chunk_size, T)
@@ -140,7 +145,8 @@ def chunkwise(
         return xp.permute_dims(x, (2, 0, 1, *range(3, len(x.shape))))
 
     def step(state: tuple[Array, Array, Array], chunk: tuple[Array, ...]) -> tuple[Any, Array]:
-        c, n, m = state
+        c, n, m_exact = state
+        m = stop_gradient(m_exact) if held else m_exact
         q_c, k_c, v_c, i_c, log_f_c = chunk
         b = xp.cumulative_sum(log_f_c, axis=-1)  # [B, H, L]
         # log f summed over j < t <= i, each sum for itself: differences of b would lose digits behind a closed gate.
@@ -160,8 +166,8 @@ def chunkwise(
         h = normalised(num, r, m_row)
 
         total, after_token = b[..., -1], passed[..., -1, :]
-        m_new = xp.zeros_like(m) if sigmoid else xp.maximum(total + m, xp.max(after_token + i_c, axis=-1))
-        scale_new = finite(xp, m_new)
+        m_new = xp.zeros_like(m) if sigmoid else xp.maximum(total + m_exact, xp.max(after_token + i_c, axis=-1))
+        scale_new = finite(xp, stop_gradient(m_new) if held else m_new)
         keep = xp.exp(total - (scale_new - m))
         k_a = k_c * xp.exp(after_token - (scale_new[..., None] - i_c))[..., None]
         c = keep[..., None, None] * c + xp.matrix_transpose(k_a) @ v_c
@@ -170,6 +176,14 @@ def chunkwise(
 
     # The tail remembers everything (log f = 0) and adds nothing (i = -inf, but finite).
     xs = (chunks(q, 0.0), chunks(k, 0.0), chunks(v, 0.0), chunks(i, -1e30), chunks(log_f, 0.0))
-    state, hs = scan(step, (c, n, m), xs)
+
+    def weighted(c: Array, n: Array, m: Array, sign: float) -> tuple[Array, Array, Array]:
+        """The same state; its derivative by m that of C e^m and n e^m, or of C e^-m and n e^-m."""
+        known = finite(xp, m)
+        one = xp.exp(sign * (known - stop_gradient(known)))
+        return c * one[..., None, None], n * one[..., None], m
+
+    state, hs = scan(step, weighted(c, n, m, 1.0) if held else (c, n, m), xs)
+    state = weighted(*state, -1.0) if held else state
     h = xp.reshape(xp.permute_dims(hs, (1, 2, 0, 3, 4)), (B, H, n_chunks * L, v.shape[-1]))
     return h[:, :, :T, :], state

@@ -1,10 +1,10 @@
-"""The scan of Hopper code for the assembler's defect, on what ptxas 12.8 and 12.9 made of the same kernel."""
+"""The scan of Hopper code for the assembler's defects, on what ptxas 12.8, 12.9 and 13.0 made of kernels."""
 
 from __future__ import annotations
 
 import pytest
 
-from tools.sass import wrong_addresses
+from tools.sass import defects, wrong_addresses
 
 LOAD = "        /*0040*/                   ULDC.64 UR16, c[0x0][0x208] ;    /* 0x0000820000107ab9 */\n"
 USE = "        /*3770*/                   LDG.E.128 R60, desc[UR16][R60.64] ;    /* 0x000000103c3c7981 */\n"
@@ -79,3 +79,43 @@ def test_what_is_known_where_a_branch_leads():
     assert wrong_addresses(branch + BASE + copy + end + there)
     assert wrong_addresses(BASE + branch + LOAD.replace("UR16", "UR12") + end + there) == []
     assert wrong_addresses(BASE + branch + LOAD.replace("UR16", "UR12") + there)
+
+
+# From chunk_backward of (359, 15) in chunks of 256, by ptxas 12.9 and 13.0: R252 is the thread's number, then `length`.
+THREAD = "        /*0070*/                   S2R R252, SR_TID.X ;    /* 0x0000000000fc7919 */\n"
+LENGTH = (
+    "        /*0b80*/                   STL [R1+0x4], R4 ;    /* 0x0000040401007387 */\n"
+    "        /*8510*/                   LDL.LU R252, [R1+0x4] ;    /* 0x0000040001fc7983 */\n"
+)
+MASK = "        /*8660*/                   LOP3.LUT R2, R252, 0xff, RZ, 0xc0, !PT ;    /* 0x000000fffc02 */\n"
+TABLE = "        /*0e90*/                   BRX R28 -0xdd0 ;    /* 0xfffffff01c1c7949 */\n"
+EXIT = "        /*9000*/                   EXIT ;    /* 0x000000000000794d */\n"
+
+
+def test_a_thread_number_read_from_what_a_spilled_value_was_loaded_over():
+    assert defects(THREAD + LENGTH + MASK) == ["LOP3.LUT R2, R252, 0xff, RZ, 0xc0, !PT "]
+
+
+def test_the_thread_number_itself_and_other_values_are_masked():
+    assert defects(THREAD + MASK) == []
+    assert defects(LENGTH + MASK) == []
+    assert defects(THREAD + LENGTH + MASK.replace("R252", "R7")) == []
+    assert defects(THREAD + LENGTH + MASK.replace("0xff", "0xc0")) == []
+
+
+def test_a_spilled_thread_number_comes_back():
+    spilled = LENGTH.replace("[R1+0x4], R4", "[R1+0x4], R252")
+    assert defects(THREAD + spilled + MASK) == []
+    elsewhere = LENGTH.splitlines(keepends=True)[1].replace("R252", "R9")
+    assert defects(THREAD + spilled.splitlines(keepends=True)[0] + elsewhere + MASK.replace("R252", "R9")) == []
+
+
+def test_each_part_of_a_kernel_starts_from_the_jump_to_it():
+    after = MASK.replace("8660", "9010")
+    assert defects(THREAD + TABLE + LENGTH + EXIT + after) == []
+    assert defects(THREAD + LENGTH + TABLE + EXIT + after) == ["LOP3.LUT R2, R252, 0xff, RZ, 0xc0, !PT "]
+
+
+def test_half_of_a_pair_of_registers_is_not_written_by_a_shift():
+    shift = "        /*8520*/                   SHF.L.U64.HI R251, R24, 0x2, R21 ;    /* 0x0000000218d47819 */\n"
+    assert defects(THREAD + shift + MASK) == []

@@ -192,11 +192,13 @@ def run_torch(function: Function, options: Mapping[str, Any], case: Case, arrays
 
 @functools.lru_cache(maxsize=16)
 def _jax_program(
-    function: Function, options: tuple[tuple[str, Any], ...], last: bool, table: bool, gradients: bool
+    function: Function, options: tuple[tuple[str, Any], ...], last: bool, table: bool, driven: tuple[str, ...]
 ) -> Function:
-    """The outputs and gradients of a JAX operator, compiled; kept, so that calls of one shape are traced once."""
+    """The outputs and gradients of a JAX operator, compiled; kept, so that calls of one shape are traced once.
+
+    driven: the outputs that have a cotangent; without any there are no gradients.
+    """
     import jax
-    import jax.numpy as jnp
 
     def both(inputs: dict[str, Any], cotangents: dict[str, Any], packing: dict[str, Any]) -> Any:
         if table:
@@ -206,14 +208,14 @@ def _jax_program(
             packing = {**packing, "chunk_table": make(*size, backend=given["backend"])}
         case = Case("", last=last)
 
-        def call(x: dict[str, Any]) -> dict[str, Any]:
-            return _named(function(**x, **packing, **dict(options)), case)
+        def call(x: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+            outputs = _named(function(**x, **packing, **dict(options)), case)
+            return {name: outputs[name] for name in driven}, outputs
 
-        if not gradients:
-            return call(inputs), {}
-        outputs, pull = jax.vjp(call, inputs)
-        full = {n: cotangents[n].astype(x.dtype) if n in cotangents else jnp.zeros_like(x) for n, x in outputs.items()}
-        return outputs, pull(full)[0]
+        if not driven:
+            return call(inputs)[1], {}
+        ends, pull, outputs = jax.vjp(call, inputs, has_aux=True)
+        return outputs, pull({name: cotangents[name].astype(x.dtype) for name, x in ends.items()})[0]
 
     return jax.jit(both)
 
@@ -229,7 +231,7 @@ def run_jax(function: Function, options: Mapping[str, Any], case: Case, arrays: 
         placed = {n: jax.device_put(_swap(x, case) if _per_token(n) else x, place) for n, x in arrays.items()}
         inputs = {name: placed[name] for name in case.inputs}
         packing = {"cu_seqlens": jnp.asarray(case.offsets, jnp.int32)} if case.lengths else {}
-        settings = (case.last, bool(case.lengths) and case.table, case.gradients)
+        settings = (case.last, bool(case.lengths) and case.table, case.driven)
         program = _jax_program(function, tuple(options.items()), *settings)
         outputs, gradients = program(inputs, {name: placed[f"d_{name}"] for name in case.driven}, packing)
         host = [{name: np.asarray(x) for name, x in part.items()} for part in (outputs, gradients)]
@@ -262,13 +264,15 @@ def truth(
     device: str = "cpu",
     normalizer_grad: str | None = None,
     chunk_size: int | None = None,
+    held: bool = False,
 ) -> Arrays:
     """Outputs and gradients in float64, from the inputs as they are in the case's dtypes.
 
-    chunk_size: tokens per chunk; None: short sequences token by token, longer ones in chunks of 64.
+    chunk_size: tokens per chunk; None: short sequences token by token, longer ones in chunks of 64. held: as of
+    `reference.chunkwise`, with a chunk size.
     """
     if case.lengths:
-        return _truth_of_each(case, arrays, device, normalizer_grad, chunk_size)
+        return _truth_of_each(case, arrays, device, normalizer_grad, chunk_size, held)
     states = {name: np.zeros(case.shape(name)) for name in INITIAL} | {n: x for n, x in arrays.items() if n in INITIAL}
     wide = {n: to_torch(x.astype(np.float64), device) for n, x in {**arrays, **states}.items()}
     names = ("q", "k", "v", "i", "f", *INITIAL)
@@ -276,7 +280,7 @@ def truth(
     run: Function = reference.recurrent
     options: dict[str, Any] = {}
     if chunk_size or case.T > RECURRENT_UP_TO:
-        run, options = reference.chunkwise, {"chunk_size": chunk_size or 64}
+        run, options = reference.chunkwise, {"chunk_size": chunk_size or 64, "held": held}
     h, last = run(
         *inputs,
         scale=case.K**-0.5 if case.qk_scale is None else case.qk_scale,
@@ -300,7 +304,7 @@ def truth(
 
 
 def _truth_of_each(
-    case: Case, arrays: Arrays, device: str, normalizer_grad: str | None, chunk_size: int | None
+    case: Case, arrays: Arrays, device: str, normalizer_grad: str | None, chunk_size: int | None, held: bool
 ) -> Arrays:
     """Packed sequences one by one. An empty one is a token that adds nothing and forgets nothing, then left out."""
     N, found = len(case.lengths), []
@@ -310,7 +314,7 @@ def _truth_of_each(
         if stop == start:
             own |= {n: np.zeros((*x.shape[:2], 1, *x.shape[3:])) for n, x in own.items() if _per_token(n)}
             own |= {"i": own["i"] - 1e30, "f": own["f"] + 1e30}
-        results = truth(alone, own, device, normalizer_grad, chunk_size)
+        results = truth(alone, own, device, normalizer_grad, chunk_size, held)
         found.append({n: x[:, :, : stop - start] if _per_token(n.removeprefix("d")) else x for n, x in results.items()})
     joined = {}
     for name, x in found[0].items():

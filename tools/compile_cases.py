@@ -12,8 +12,9 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 HEADS = ("64x64", "128x128", "128x256", "256x512")
 # Odd V above 96, which ptxas 12.8 made wrong Hopper code for (kernels_triton/assembler.py): in these variants alone,
 # to save time. The second has chunk_forward for each of them, the kernel that was wrong.
-ODD = ("48x97", "64x97", "65x257", "256x105")
-OF_ODD = ("exact", "80 heads")
+# (359, 15) in chunks of 256: what ptxas 12.9 and 13.0 have made wrong code of, where registers were spilled.
+ODD = ("48x97", "64x97", "65x257", "256x105", "359x15")
+OF_ODD = ("exact", "80 heads", "chunks of 256")
 DTYPES = ("bfloat16", "float32")
 B, H, T = 2, 4, 520  # only strides come from these; T is ragged
 LONG, SEQUENCES = 2100, 3  # long enough for scans in segments; packed sequences
@@ -29,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "some heads": {"B": 24},  # too many for segments, too few for the fused forward kernel
     "80 heads": {"B": 20},
     "long": {"T": LONG},  # in segments
+    "chunks of 256": {"chunk_size": 256},
     "chunks of 512": {"stage_chunk": 512},  # the stage functions' longest: the operator's are half as long at most
 }
 FORWARD_ALONE = ("recurrent", "80 heads", "chunks of 512")  # the backward pass of the latter compiles for half a minute
@@ -43,6 +45,7 @@ RARE = {
     "some heads": (HOPPER, ("sm_90", "128x128", "bfloat16")),
     "80 heads": tuple(("sm_90", heads, "bfloat16") for heads in ODD),
     "long": (HOPPER, ("sm_90", "64x64", "bfloat16"), ("sm_90", "128x256", "float32")),
+    "chunks of 256": (("sm_90", "359x15", "bfloat16"),),
     "chunks of 512": (("sm_90", "256x512", "bfloat16"),),  # the largest rows of scores, beside the widest keys
 }
 
@@ -82,7 +85,7 @@ def passes(
             continue
         if heads in ODD and variant not in OF_ODD:
             continue
-        problem = make_problem(heads, dtype, changes | {"chunk_size": chunk_size})
+        problem = make_problem(heads, dtype, {"chunk_size": chunk_size} | changes)
         aligned = problem.K % 8 == 0 and problem.V % 8 == 0  # as descriptors ask for: 16 bytes
         problem = dataclasses.replace(problem, arch=arch, descriptors=descriptors and aligned)
         forward = plan.forward_pass(problem)

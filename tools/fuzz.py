@@ -88,7 +88,7 @@ def main(
     only: str = typer.Option("", help="Which calls, as dtype=bfloat16,V=97..512,odd (docs/fuzz.md)."),
     jobs: int = typer.Option(2, min=1, help="Processes side by side, on a GPU too: they compile."),
     group: int = typer.Option(5, min=1, help="Calls that share what is compiled."),
-    limit: float = typer.Option(180.0, min=1, help="Seconds that one call may take."),
+    limit: float = typer.Option(400.0, min=1, help="Seconds that one call may take, what it compiles included."),
     shrink: float = typer.Option(60.0, min=0, help="Seconds to shrink a failure of a new kind; 0: not."),
     json_path: Path = typer.Option(FAILURES, "--json", help="Where failures are kept."),
     repro: str | None = typer.Option(None, help="Run this one call: a line that a hunt printed."),

@@ -112,7 +112,9 @@ class Draw:
             s["precision"] = self.some("precision", "ieee", "tf32x3", "tf32")
         if recurrent:
             return s
-        s["chunk_size"] = self.some("chunk_size", None, 16, 32, 64, 128, 256, 512, weight=0.4)
+        # Long chunks seldom: their kernels take a minute to compile.
+        sizes = (256, 512) if self.chance(0.08) else (16, 32, 64, 128)
+        s["chunk_size"] = self.some("chunk_size", None, *sizes, weight=0.4)
         s["save_states"] = self.some("save_states", True, False, weight=0.75)
         s["descriptors"] = self.some("descriptors", True, False, weight=0.75)
         packed = s["layout"] == "bthd" and self.chance(0.4)

@@ -5,11 +5,14 @@ Errors are relative Frobenius errors, |x - truth| / |truth|. The tolerance on on
     max(FACTOR * max(reference, spread * chance(n)) + FLOOR, least)
 
 - `spread`: what rounding costs at best. DRAWS times the float64 truth is computed with roundings where a kernel has
-  them, at random (`Rounding`): each operand of each matrix product, forward and backward, is rounded to the digits
-  that matrix units take, unless it has no more than those (q, k, v, dh), and so is h, which the gradient of the
+  them, at random (`Rounding`): both operands of each matrix product, forward and backward, are rounded to the digits
+  that matrix units take, unless neither has more than those (q, k, v, dh): a weight may stand on either factor, and
+  where their product is small by chance (q . n near 0, say) it matters on which. So is h, which the gradient of the
   normaliser is made of; states, exponents and cotangents get a relative error of a rounding's size first, as in
   `tools.compare`; results are rounded to their own dtype. `spread` is the root mean square error of those draws.
-  Whatever cancels in a sum cancels in the draws too, and leaves the noise of the terms that were summed.
+  In float32 by tf32, matrix units cut operands off instead of rounding them: up to twice the error, and all one way.
+  Whatever cancels in a sum cancels in the draws too, and leaves the noise of the terms that were summed; to that end
+  stabilisers are held constant between chunks, as in the kernels.
 - Gradients of gates and of the initial stabiliser are differences of large sums: of what di sums up in a chunk, of
   <dC, C> at both ends. Their `spread` is at least float32's rounding of one such sum (`_cancelled`).
 - `chance(n)`: an error of n independent parts may by chance be larger than its root mean square, much so if n is small:
@@ -53,24 +56,28 @@ QUOTIENT = torch.ops.aten.div.Tensor
 class Rounding(TorchDispatchMode):
     """While it lasts, operands of matrix products are rounded at random to so many digits; backward, h too."""
 
-    def __init__(self, digits: int, generator: torch.Generator):
+    def __init__(self, digits: int, generator: torch.Generator, cuts_off: bool = False):
         super().__init__()
-        self.digits, self.generator = digits, generator
+        self.digits, self.generator, self.cuts_off = digits, generator, cuts_off
         self.numerators: set[int] = set()  # addresses of what h was divided from; autograd keeps their memory
 
-    def nearest(self, x: torch.Tensor) -> torch.Tensor:
+    def digits_of(self, x: torch.Tensor, cut_off: bool) -> torch.Tensor:
+        """x in so many digits, rounded to nearest or cut off."""
         mantissa, exponent = torch.frexp(x)
-        return torch.ldexp(torch.round(mantissa * 2.0**self.digits), exponent - self.digits)
+        whole = mantissa * 2.0**self.digits
+        return torch.ldexp(torch.trunc(whole) if cut_off else torch.round(whole), exponent - self.digits)
+
+    def is_exact(self, x: torch.Tensor) -> bool:
+        return bool((~torch.isfinite(x) | (self.digits_of(x, True) == x)).all())
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
-        """To the nearest on a grid that is shifted by chance, each matrix's by its own; exact elements as they are."""
+        """On a grid that is shifted by chance, each matrix's by its own."""
         shape = (*x.shape[:-2], 1, 1)
         shift = 2.0 ** torch.rand(shape, dtype=x.dtype, device=x.device, generator=self.generator)
-        exact = ~torch.isfinite(x) | (self.nearest(x) == x)
-        return torch.where(exact, x, self.nearest(x * shift) / shift)
+        return torch.where(torch.isfinite(x), self.digits_of(x * shift, self.cuts_off) / shift, x)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in PRODUCTS:
+        if func in PRODUCTS and not all(self.is_exact(x) for x in args):
             args = tuple(self.rounded(x) for x in args)
         result = func(*args, **(kwargs or {}))
         if func is QUOTIENT and result.ndim == 4:
@@ -127,8 +134,9 @@ def _draws(call: Call, arrays: Arrays, device: str, products: str) -> Arrays:
             if name in sizes:
                 wide *= 1 + compare.ROUNDING_RMS * sizes[name] * rng.standard_normal(wide.shape)
             copies[name] = wide
-        with Rounding(DIGITS[products], generator), torch.autograd.set_multithreading_enabled(False):
-            results = compare.truth(batch, copies, device, chunk_size=chunk)
+        rounding = Rounding(DIGITS[products], generator, cuts_off=products == "tf32")
+        with rounding, torch.autograd.set_multithreading_enabled(False):
+            results = compare.truth(batch, copies, device, chunk_size=chunk, held=True)
         for name, x in results.items():
             found.setdefault(name, []).append(x)
     return {name: np.concatenate(x) for name, x in found.items()}

@@ -1,4 +1,4 @@
-"""Looks in compiled Hopper code for a defect of the assembler: a matrix product that reads from a wrong address.
+"""Looks in compiled Hopper code for two defects of the assembler: a wrong address, and a thread's number lost.
 
 ptxas 12.8, which Triton ships up to 3.7.1, sometimes computes a shared-memory descriptor of wgmma from the wrong
 uniform register. The product then reads garbage, mostly without an error. 12.9 and 13.0 compile the same PTX well,
@@ -6,6 +6,10 @@ and our kernels are launched on Hopper only as those made them (kernels_triton/a
 For odd V above 96 the outputs' kernel (chunk_forward) has the first sign, as 12.8 makes it.
 Three signs betray it: both halves of the 64-bit descriptor come from one register, or from the descriptor of global
 memory, or one from a register that nothing has written.
+
+ptxas 12.9 and 13.0 may, where registers are spilled, keep the thread's number in one, load a spilled value into it, and
+then once more take the thread's number from there. For (359, 15) in chunks of 256 threads then thought that another one
+was to store, and nobody stored the row sums of dq's first tile. Our tiles avoid such spills (kernels_triton/config.py).
 """
 
 from __future__ import annotations
@@ -13,10 +17,14 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\d+\s+)?([A-Z0-9_.]+)\s*(.*?);")
 GLOBAL_DESCRIPTOR = "c[0x0][0x208]"
+THREAD_MASKS = ("0x1f", "0x3f", "0x7f", "0xff", "0x1ff")  # of 32 to 512 threads
 
 
 def disassemble(cubin: bytes) -> str:
@@ -30,6 +38,74 @@ def disassemble(cubin: bytes) -> str:
         file.write(cubin)
         file.flush()
         return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def defects(sass: str) -> list[str]:
+    """The instructions that show either defect."""
+    return wrong_addresses(sass) + lost_threads(sass)
+
+
+class _Threads(NamedTuple):
+    """Where the thread's number is, and what it was lost from."""
+
+    holders: frozenset[int] = frozenset()  # registers that hold it
+    lost: frozenset[int] = frozenset()  # those that held it when something else was loaded into them, and hold that
+    slots: Mapping[str, bool] = MappingProxyType({})  # by spilled value's place: whether it is the thread's number
+
+    def written(self, registers: range, thread: bool, loaded: bool) -> _Threads:
+        """After registers were written: with the thread's number or not, perhaps by a load."""
+        lost = self.lost.difference(registers)
+        if loaded and not thread:
+            lost = lost.union(self.holders.intersection(registers))
+        holders = self.holders.difference(registers)
+        return self._replace(holders=holders.union(registers) if thread else holders, lost=lost)
+
+
+def _width(operation: str) -> int:
+    """How many registers an instruction's result fills."""
+    if ".128" in operation:
+        return 4
+    return 2 if ".WIDE" in operation or (".64" in operation and not operation.startswith("SHF")) else 1
+
+
+def lost_threads(sass: str) -> list[str]:
+    """The instructions that mask, as only the thread's number is masked, what was loaded over the thread's number.
+
+    Follows registers and spilled values in the code's order; a block that nothing runs on to starts from the first
+    branch to it, or from the jump through a table that leads to the kernel's parts.
+    """
+    known = at_table = _Threads()
+    branches: dict[int, _Threads] = {}
+    ended = False
+    found = []
+    for line in sass.splitlines():
+        match = INSTRUCTION.match(line)
+        if not match:
+            continue
+        address, predicate, operation, operands = match.groups()
+        if ended:
+            known = branches.get(int(address, 16), at_table)
+        ended = operation in ("EXIT", "BRA", "BRX") and not predicate
+        if operation == "BRX":
+            at_table = known
+        elif operation == "BRA" and (to := re.search(r"0x([0-9a-f]+)", operands)):
+            branches.setdefault(int(to[1], 16), known)
+        first, *others = [x.strip() for x in operands.split(",")]
+        sources = [int(x) for x in re.findall(r"\bR(\d+)\b", ",".join(others))]
+        if operation.startswith("STL"):
+            known = known._replace(slots={**known.slots, first: bool(sources) and sources[0] in known.holders})
+            continue
+        masks = operation == "LOP3.LUT" and len(others) > 2 and others[1] in THREAD_MASKS and others[-2] == "0xc0"
+        if masks and sources and sources[0] in known.lost:
+            found.append(f"{operation} {operands}")
+        target = re.fullmatch(r"R(\d+)", first)
+        if target and not operation.startswith(("ST", "RED", "ATOM", "BAR")):
+            thread = operation == "S2R" and others[0] == "SR_TID.X"
+            thread |= operation.startswith(("MOV", "IMAD.MOV")) and len(sources) == 1 and sources[0] in known.holders
+            thread |= operation.startswith("LDL") and known.slots.get(others[0], False)
+            filled = range(int(target[1]), int(target[1]) + _width(operation))
+            known = known.written(filled, thread, operation.startswith("LD"))
+    return found
 
 
 def wrong_addresses(sass: str) -> list[str]:

@@ -139,7 +139,7 @@ def compile_one(shape: Shape, dtype: str, field: str, arch: str, tile: tuple[int
         return 0, 0, f"{type(error).__name__}: {str(error)[:60]}"
     spills = max(resources(compiled, log)[1] for compiled, log in results)
     shared = max(compiled.metadata.shared for compiled, _ in results)
-    if arch == "sm_90" and any(sass.wrong_addresses(sass.disassemble(x.asm["cubin"])) for x, _ in results):
+    if arch == "sm_90" and any(sass.defects(sass.disassemble(x.asm["cubin"])) for x, _ in results):
         return 0, shared, "defect of the assembler"
     return spills, shared, ""
 
