@@ -164,12 +164,18 @@ class Draw:
         """Calls that share their kernels; none if a bound does not let them be drawn."""
         many = self.cuda and self.chance(0.08)  # small heads, and so many that the backward pass is fused too
         s = self.shared(small=many)
+        # Some heads of bfloat16 in parts of V, long: the fused forward kernel, in segments.
+        parts = self.cuda and not many and s["form"] == "chunkwise" and s["dtype"] == "bfloat16" and self.chance(0.06)
         B, H = self.batch()
         if many:
             B, H = self.one((1, 128), (9, 16), (43, 3))
+        if parts:
+            B, H = self.one((1, 16), (2, 8), (1, 32))
+            s["K"] = self.only.pick(self.rng, "K", lambda: int(self.rng.integers(1, 129)))
+            s["V"] = self.only.pick(self.rng, "V", lambda: int(self.rng.integers(65, 129)))
         B, H = (1, max(B, H) if many else H) if s.get("packed") else (B, H)
         H = self.only.pick(self.rng, "H", lambda: H)
-        long = self.cuda and s["form"] == "chunkwise" and self.chance(0.2)
+        long = parts or (self.cuda and s["form"] == "chunkwise" and self.chance(0.2))
         states = s["last"] and self.chance(0.7)
         calls, T = [], 0
         for n in range(size):

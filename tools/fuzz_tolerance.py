@@ -5,11 +5,12 @@ Errors are relative Frobenius errors, |x - truth| / |truth|. The tolerance on on
     max(FACTOR * max(reference, spread * chance(n)) + FLOOR, least)
 
 - `spread`: what rounding costs at best. DRAWS times the float64 truth is computed with roundings where a kernel has
-  them, at random (`Rounding`): both operands of each matrix product, forward and backward, are rounded to the digits
-  that matrix units take, unless neither has more than those (q, k, v, dh): a weight may stand on either factor, and
-  where their product is small by chance (q . n near 0, say) it matters on which. So is h, which the gradient of the
-  normaliser is made of; states, exponents and cotangents get a relative error of a rounding's size first, as in
-  `tools.compare`; results are rounded to their own dtype. `spread` is the root mean square error of those draws.
+  them, at random (`Rounding`): the operands of each matrix product, forward and backward, are rounded to the digits
+  that matrix units take. Of two factors one of which has no more digits (q, k, v, dh), either may carry the weight that
+  the other one has here, and where their product is small by chance (q . n near 0, say) it matters which: one of them
+  by chance is rounded. So is h, which the gradient of the normaliser is made of; states, exponents and cotangents get a
+  relative error of a rounding's size first, as in `tools.compare`; results are rounded to their own dtype.
+  `spread` is the root mean square error of those draws.
   In float32 by tf32, matrix units cut operands off instead of rounding them: up to twice the error, and all one way.
   Whatever cancels in a sum cancels in the draws too, and leaves the noise of the terms that were summed; to that end
   stabilisers are held constant between chunks, as in the kernels.
@@ -76,9 +77,20 @@ class Rounding(TorchDispatchMode):
         shift = 2.0 ** torch.rand(shape, dtype=x.dtype, device=x.device, generator=self.generator)
         return torch.where(torch.isfinite(x), self.digits_of(x * shift, self.cuts_off) / shift, x)
 
+    def operands(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of a product, as the module's docstring has it."""
+        exact = self.is_exact(x), self.is_exact(y)
+        if all(exact):
+            return x, y
+        if not any(exact):
+            return self.rounded(x), self.rounded(y)
+        shape = (*x.shape[:-2], 1, 1)
+        first = torch.rand(shape, dtype=x.dtype, device=x.device, generator=self.generator) < 0.5
+        return torch.where(first, self.rounded(x), x), torch.where(first, y, self.rounded(y))
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in PRODUCTS and not all(self.is_exact(x) for x in args):
-            args = tuple(self.rounded(x) for x in args)
+        if func in PRODUCTS:
+            args = self.operands(*args)
         result = func(*args, **(kwargs or {}))
         if func is QUOTIENT and result.ndim == 4:
             address = args[0].data_ptr()
