@@ -189,6 +189,15 @@ def test_an_initial_state_of_no_weight_with_the_sigmoid_gate(framework, backend)
         check(got, case, like=case.replacing(m_initial=np.full_like(case.arrays["m_initial"], -300.0)))
 
 
+def test_float16_weights_far_below_one(framework, backend):
+    """Before anything has a weight, m is 0: float16 itself has two digits of exp(-12) and none of exp(-20)."""
+    for i_mean in (-12.0, -20.0):
+        case = make_case(H=1, T=20, states=False, dtype="float16", i_mean=i_mean, chunk_size=16)
+        got, exact = run(framework, case, backend), truth(case)
+        away = np.linalg.norm(got["c_last"] - exact["c_last"])
+        assert away < 1e-3 * np.linalg.norm(exact["c_last"]), i_mean
+
+
 @pytest.mark.parametrize("operator", ["mlstm_chunkwise", "mlstm_recurrent"])
 def test_h_is_0_while_nothing_has_a_weight(framework, backend, operator):
     """An initial state of no weight, and input gates that are closed: padding on the left, say."""

@@ -74,17 +74,25 @@ def in_two(function: Callable[..., Any], at: int, axis: int) -> Callable[..., An
     return call
 
 
-def rescaled(truth: Arrays, results: Arrays) -> Arrays:
-    """The truth with its last C and n for the stabiliser that the results have: only C e^m and n e^m have meaning.
+def rounding(truth: Arrays, results: Arrays) -> np.ndarray | None:
+    """e^m of the truth's last stabilisers over that of the results'; None without such.
 
-    A stabiliser of -60 is rounded by 2e-6, and the states belong to the rounded one.
+    C and n belong to the stabiliser that is handed on with them, which is rounded: one of -60 by 2e-6, of -1e6 by 0.03.
     """
     if "m_last" not in truth or not np.isfinite(truth["m_last"]).all():
-        return truth
+        return None
     away = truth["m_last"] - results["m_last"].astype(np.float64)  # if much, m_last itself is a failure
-    factor = np.exp(np.clip(np.nan_to_num(away), -1e-3, 1e-3))
-    new = {"c_last": factor[..., None, None], "n_last": factor[..., None]}
-    return {name: x * new[name] if name in new else x for name, x in truth.items()}
+    most = np.maximum(1e-3, 2.0**-23 * np.abs(truth["m_last"]))
+    return np.exp(np.clip(np.nan_to_num(away), -most, most))
+
+
+def belonging(truth: Arrays, results: Arrays) -> Arrays:
+    """By what the truth's last C and n are multiplied for the stabiliser that the results have.
+
+    Only C e^m and n e^m have meaning.
+    """
+    factor = rounding(truth, results)
+    return {} if factor is None else {"c_last": factor[..., None, None], "n_last": factor[..., None]}
 
 
 def _differing(x: Arrays, y: Arrays) -> list[str]:
@@ -111,10 +119,11 @@ class Checker:
         return compare.run_torch(function, self.options, self.call, arrays, self.device)
 
     def against_truth(self, results: Arrays, truth: Arrays, tolerance: dict[str, float], what: str = "") -> None:
-        belonging = rescaled(truth, results)
+        factors = belonging(truth, results)
         for name in truth:
             found, error = results[name], math.inf
-            for x in (truth[name], belonging[name]):  # a state in bfloat16 is rounded far more than its stabiliser
+            # A state in bfloat16 is rounded far more than its stabiliser.
+            for x in (truth[name], truth[name] * factors.get(name, 1.0)):
                 error = min(error, compare.frobenius_error(within_range(found, x, found.dtype), x))
             self.rows.append((what + name, error, tolerance[name]))
             if not error <= tolerance[name]:
@@ -155,6 +164,14 @@ class Checker:
         undefined = [name for name in undefined if not name.startswith("m")]
         if undefined:
             raise ValueError(f"expected a call with a finite result, got {', '.join(undefined)}")
+        cotangents = {f"d_{name}": x for name, x in belonging(truth, results).items() if f"d_{name}" in arrays}
+        if any(np.abs(x - 1).max() > 1e-6 for x in cotangents.values()):  # they are of the C and n that results have
+            scaled = {name: arrays[name].astype(np.float64) * x for name, x in cotangents.items()}
+            truth |= {
+                name: x
+                for name, x in compare.truth(case_of(call), arrays | scaled, self.device).items()
+                if name.startswith("d")
+            }
         tolerance = tolerances(call, arrays, truth, self.device)
         self.against_truth(results, truth, tolerance)
         if call.split:
