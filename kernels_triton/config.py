@@ -140,7 +140,7 @@ def configure(problem: Problem) -> Config:
             least = min(64, L // (4 if problem.matrix_units else 8))
             BT, BS, num_warps, span = max(BT, least), max(BS, least), max(num_warps, L // 64), 1
         if (long and nvidia) or (holds_row and L > LONGEST_CHUNK):
-            BK = min(BK, 64 if problem.matrix_units else 32)
+            BK = min(BK, 32 if problem.dtype == "float32" else 64)
         spread = nvidia and name in SPREAD and (long or value_by_value(problem))
         if spread:
             # Over more threads: with so many values in each, ptxas spills kilobytes, and has spilt wrongly

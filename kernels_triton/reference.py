@@ -183,7 +183,7 @@ def chunkwise(
         one = xp.exp(sign * (known - stop_gradient(known)))
         return c * one[..., None, None], n * one[..., None], m
 
-    state, hs = scan(step, weighted(c, n, m, 1.0) if held else (c, n, m), xs)
-    state = weighted(*state, -1.0) if held else state
+    (c, n, m), hs = scan(step, weighted(c, n, m, 1.0) if held else (c, n, m), xs)
+    state = weighted(c, n, m, -1.0) if held else (c, n, m)
     h = xp.reshape(xp.permute_dims(hs, (1, 2, 0, 3, 4)), (B, H, n_chunks * L, v.shape[-1]))
     return h[:, :, :T, :], state

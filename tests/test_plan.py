@@ -177,7 +177,7 @@ def test_an_entry_for_short_chunks_alone():
         config = configure(dataclasses.replace(p, arch="sm_90"))
         return config.L, config.backward.BK
 
-    assert [found(x) for x in (None, 16, 32, 64, 128)] == [(32, 128), (16, 128), (32, 128), (64, 64), (128, 64)]
+    assert [found(x) for x in (None, 16, 32, 64, 128)] == [(32, 128), (16, 128), (32, 128), (64, 64), (128, 32)]
 
 
 def test_segments_of_few_heads():
