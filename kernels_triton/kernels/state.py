@@ -21,6 +21,17 @@ from .tiles import load_state, load_tokens, load_vector, state_view, store_state
 
 
 @triton.jit
+def _to_one(x):
+    """The power of two that brings a positive x to (0.5, 1], and its inverse.
+
+    float16 has few digits for weights below 6e-5, as all weights of a chunk may be while nothing else has one yet.
+    """
+    bits = tl.minimum(tl.abs(x).to(tl.int32, bitcast=True), 0x7E800000)  # what is not finite stays harmless, and so
+    bits = tl.maximum((bits + 0x7FFFFF) & 0x7F800000, 0x00800000)  # does 0
+    return (0x7F000000 - bits).to(tl.float32, bitcast=True), bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def norm_product(b_norm, p_n, o_k, vt, K: tl.constexpr, BK: tl.constexpr):
     """dn . n of one key tile; the first value tile's programs own it."""
     return tl.where(vt == 0, tl.sum(b_norm * load_vector(p_n, o_k, K, BK), 0), 0.0)
@@ -216,8 +227,13 @@ def state_scan(
         b_x = load_tokens(x_view, 0, k0, BT, K, BK, SOURCE)
         b_y = load_tokens(y_view, 0, v0, BT, V, BV, SOURCE)
         b_xw = tl.trans(b_x).to(tl.float32) * b_w[None, :]  # [BK, BT]
-        # In float16 no weight would have its digits below 6e-5, and all weights of a chunk may be that small.
-        b_state = dot(operand(b_xw, BF16, PRECISION), operand(b_y, BF16, PRECISION), b_state, PRECISION)
+        # Forward no weight exceeds 1. Backward float16 would have to hold any, and beside it the smallest that counts.
+        if not BACKWARD and b_y.dtype == tl.float16:
+            up, down = _to_one(tl.max(b_w, 0))
+            b_new = dot((b_xw * up).to(tl.float16), b_y, tl.zeros([BK, BV], tl.float32), PRECISION)
+            b_state = tl.fma(b_new, down, b_state)
+        else:
+            b_state = dot(operand(b_xw, BF16, PRECISION), operand(b_y, BF16, PRECISION), b_state, PRECISION)
         if HAS_NORMS and vt == 0:
             b_norm += tl.sum(b_x.to(tl.float32) * b_u[:, None], 0)
 
