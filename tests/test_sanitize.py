@@ -6,7 +6,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -84,9 +83,13 @@ def test_a_process_that_hangs_is_ended(tmp_path):
     assert "expected an end within 10 s, got none" in output
 
 
-def test_an_interrupt_ends_all(tmp_path):
+@pytest.mark.parametrize("after", ["filling", "sanitize:"])
+def test_an_interrupt_ends_all(tmp_path, after):
+    """At once, whether the cache is filled or the sanitizer runs."""
     process = start(tmp_path, "hang", "--tool", "memcheck")
-    time.sleep(4)
+    said = ""
+    while after not in said:
+        said += process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, "interrupted" in output) == (130, True), output

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -77,7 +78,7 @@ class Processes:
 
     def __init__(self) -> None:
         self._running: set[int] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # of a signal handler too, wherever the main thread is
         self._stopped = False
 
     def run(self, command: Sequence[str], timeout: float) -> Done:
@@ -115,6 +116,15 @@ class Processes:
             self._stopped = True
             for pid in self._running:
                 self._kill(pid)
+
+    def stop_on_interrupt(self) -> None:
+        """Have Ctrl-C end all first, wherever it comes: what waits for them would wait until they end by themselves."""
+
+        def interrupted(*_: Any) -> None:
+            self.stop()
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGINT, interrupted)
 
     @staticmethod
     def _kill(pid: int) -> None:
@@ -203,14 +213,8 @@ def _sanitize(
         return judge(shape, tool, processes.run(sanitized(sanitizer, tool, shape.name), timeout), timeout)
 
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(one, shape, tool) for shape, tool in work]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
-            processes.stop()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in as_completed([pool.submit(one, shape, tool) for shape, tool in work]):
+            yield future.result()
 
 
 def plan_work(shapes: Sequence[Shape], tool: str, all_shapes: bool) -> list[tuple[Shape, str]]:
@@ -267,6 +271,7 @@ def main(
     names = list(dict.fromkeys(shape.name for shape, _ in work))
     console = Console(width=None if sys.stdout.isatty() else 200)
     processes, start = Processes(), time.perf_counter()
+    processes.stop_on_interrupt()
     try:
         console.print(f"filling Triton's cache for {len(names)} shapes", highlight=False)
         failed = fill_cache(processes, names, max(jobs, os.cpu_count() or 1), timeout)
@@ -276,7 +281,6 @@ def main(
         done = _sanitize(processes, sanitizer, work, jobs, timeout)
         results = list(tqdm(done, total=len(work), desc="sanitize", unit="shape"))
     except KeyboardInterrupt:
-        processes.stop()
         console.print("interrupted")
         raise typer.Exit(130) from None
     order = {name: n for n, name in enumerate(BY_NAME)}
