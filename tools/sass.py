@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -38,6 +38,13 @@ def disassemble(cubin: bytes) -> str:
         file.write(cubin)
         file.flush()
         return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _instructions(sass: str) -> Iterator[tuple[int, bool, str, str]]:
+    """Address, whether it has a predicate, operation and operands of each instruction."""
+    for match in filter(None, map(INSTRUCTION.match, sass.splitlines())):
+        address, predicate, operation, operands = match.groups()
+        yield int(address, 16), bool(predicate), operation, operands
 
 
 def defects(sass: str) -> list[str]:
@@ -78,13 +85,9 @@ def lost_threads(sass: str) -> list[str]:
     branches: dict[int, _Threads] = {}
     ended = False
     found = []
-    for line in sass.splitlines():
-        match = INSTRUCTION.match(line)
-        if not match:
-            continue
-        address, predicate, operation, operands = match.groups()
+    for address, predicate, operation, operands in _instructions(sass):
         if ended:
-            known = branches.get(int(address, 16), at_table)
+            known = branches.get(address, at_table)
         ended = operation in ("EXIT", "BRA", "BRX") and not predicate
         if operation == "BRX":
             at_table = known
@@ -119,13 +122,9 @@ def wrong_addresses(sass: str) -> list[str]:
     branches: dict[int, tuple[set[int], set[int]]] = {}  # by address: what is known where a branch leads there
     ended = False  # nothing goes on to the next instruction
     found = []
-    for line in sass.splitlines():
-        match = INSTRUCTION.match(line)
-        if not match:
-            continue
-        address, predicate, operation, operands = match.groups()
-        if ended and int(address, 16) in branches:
-            holders, written = branches[int(address, 16)]
+    for address, predicate, operation, operands in _instructions(sass):
+        if ended and address in branches:
+            holders, written = branches[address]
             lower = {}
         ended = operation in ("EXIT", "BRA") and not predicate
         if operation == "BRA":
