@@ -26,6 +26,8 @@ POWERS = (16, 32, 64, 128, 256, 512)
 I_GATES = ((0.0, 1.0), (0.0, 10.0), (1000.0, 1.0), (-10.0, 1.0))
 F_GATES = ((3.0, 1.0), (0.0, 15.0), (-6.0, 1.0), (6.0, 1.0))
 CLOSED = (-math.inf, -1e6, -60.0)
+# Not -1e6: forget gates below that count as that, and an exact tie of the two has no one gradient (docs/numerics.md).
+CLOSED_INPUT = (-8e5, -60.0)
 
 
 class Draw:
@@ -131,7 +133,7 @@ class Draw:
         x["i_gate"] = (mean, std)
         x["f_gate"] = self.some("f_gate", *F_GATES, weight=0.6)
         x["f_closed"] = self.some("f_closed", 0.0, *CLOSED, weight=0.75)
-        x["i_closed"] = self.some("i_closed", 0.0, *CLOSED[1:], weight=0.85)
+        x["i_closed"] = self.some("i_closed", 0.0, *CLOSED_INPUT, weight=0.85)
         if s["initial"]:
             x["m_mean"] = self.some("m_mean", 0.0, 30.0, -30.0, -math.inf, weight=0.75)
         if s["gradients"]:
