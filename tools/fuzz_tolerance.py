@@ -7,9 +7,10 @@ Errors are relative Frobenius errors, |x - truth| / |truth|. The tolerance on on
 - `spread`: what rounding costs at best. DRAWS times the float64 truth is computed with roundings where a kernel has
   them, at random (`Rounding`): the operands of each matrix product, forward and backward, are rounded to the digits
   that matrix units take. Of two factors one of which has no more digits (q, k, v, dh), either may carry the weight that
-  the other one has here, and where their product is small by chance (q . n near 0, say) it matters which: one of them
-  by chance is rounded. So is h, which the gradient of the normaliser is made of; states, exponents and cotangents get a
-  relative error of a rounding's size first, as in `tools.compare`; results are rounded to their own dtype.
+  the other one has here, and where their product is small by chance (q . n near 0, say) it matters which: half of the
+  draws round the one, half the other, and the larger `spread * chance(n)` of the two halves counts. h, which the
+  gradient of the normaliser is made of, is rounded too; states, exponents and cotangents get a relative error of a
+  rounding's size first, as in `tools.compare`; results are rounded to their own dtype.
   `spread` is the root mean square error of those draws.
   In float32 by tf32, matrix units cut operands off instead of rounding them: up to twice the error, and all one way.
   Whatever cancels in a sum cancels in the draws too, and leaves the noise of the terms that were summed; to that end
@@ -44,7 +45,7 @@ from . import compare
 from .cases import Arrays
 from .fuzz_call import Call, case_of, work
 
-DRAWS = 16
+DRAWS = 32
 FACTOR, FACTOR_FLOAT32 = 1.75, 3.5
 FLOOR = compare.FLOOR
 QUANTILE = 4.0  # in standard deviations of a normal distribution
@@ -57,9 +58,13 @@ QUOTIENT = torch.ops.aten.div.Tensor
 class Rounding(TorchDispatchMode):
     """While it lasts, operands of matrix products are rounded at random to so many digits; backward, h too."""
 
-    def __init__(self, digits: int, generator: torch.Generator, cuts_off: bool = False):
+    def __init__(
+        self, digits: int, generator: torch.Generator, cuts_off: bool = False, copies: int = 1, start: int = 0
+    ):
+        """copies: draws side by side, of every batch of matrices equal parts; start: the number of the first one."""
         super().__init__()
         self.digits, self.generator, self.cuts_off = digits, generator, cuts_off
+        self.copies, self.start = copies, start
         self.numerators: set[int] = set()  # addresses of what h was divided from; autograd keeps their memory
 
     def digits_of(self, x: torch.Tensor, cut_off: bool) -> torch.Tensor:
@@ -84,8 +89,10 @@ class Rounding(TorchDispatchMode):
             return x, y
         if not any(exact):
             return self.rounded(x), self.rounded(y)
-        shape = (*x.shape[:-2], 1, 1)
-        first = torch.rand(shape, dtype=x.dtype, device=x.device, generator=self.generator) < 0.5
+        matrices = x.shape[0] if x.ndim == 3 else 1
+        copy = torch.arange(matrices, device=x.device) * self.copies // matrices
+        first = ((self.start + copy) % 2 == 0).view(-1, *[1] * (x.ndim - 1))
+        first = first if x.ndim == 3 else first[0]
         return torch.where(first, self.rounded(x), x), torch.where(first, y, self.rounded(y))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -139,14 +146,14 @@ def _draws(call: Call, arrays: Arrays, device: str, products: str) -> Arrays:
     found: dict[str, list[np.ndarray]] = {}
     batch = case_of(call, B=call.B * at_once)
     chunk = min(call.chunk_size or 64, 128)
-    for _ in range(DRAWS // at_once):
+    for start in range(0, DRAWS, at_once):
         copies: Arrays = {}
         for name, x in arrays.items():
             wide = np.concatenate([x.astype(np.float64)] * at_once)
             if name in sizes:
                 wide *= 1 + compare.ROUNDING_RMS * sizes[name] * rng.standard_normal(wide.shape)
             copies[name] = wide
-        rounding = Rounding(DIGITS[products], generator, cuts_off=products == "tf32")
+        rounding = Rounding(DIGITS[products], generator, products == "tf32", at_once, start)
         with rounding, torch.autograd.set_multithreading_enabled(False):
             results = compare.truth(batch, copies, device, chunk_size=chunk, held=True)
         for name, x in results.items():
@@ -196,10 +203,12 @@ def tolerances(call: Call, arrays: Arrays, truth: Arrays, device: str = "cpu") -
             draws = drawn[name].reshape(DRAWS, *x.shape).astype(own)
         errors = within_range(draws, x, own) - x
         norm = max(float(np.linalg.norm(x)), compare.SMALLEST_NORMAL)
-        spread = float(np.linalg.norm(errors)) / math.sqrt(DRAWS) / norm
-        spread = max(spread, cancelled.get(name, 0.0) / norm)
+        least_spread = cancelled.get(name, 0.0) / norm
         reference = compare.frobenius_error(within_range(plain[name], x, own), x)
-        most = max(reference if math.isfinite(reference) else 0.0, spread * chance(parts(errors)))
+        most = reference if math.isfinite(reference) else 0.0
+        for part in (errors[::2], errors[1::2]):
+            spread = max(float(np.linalg.norm(part)) / math.sqrt(len(part)) / norm, least_spread)
+            most = max(most, spread * chance(parts(part)))
         half = name.startswith("d") and call.dtype != "float32"
         least = compare.ROUNDING_RMS * compare.ROUNDOFF[call.dtype] if half else 0.0
         factor = FACTOR_FLOAT32 if products == "float32" else FACTOR
