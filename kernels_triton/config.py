@@ -72,6 +72,7 @@ class Config:
 
 
 FUSED = ("fused", "dfused")
+# Kernels whose values may be spread over more warps (`configure`).
 SPREAD = ("state", "dstate", "forward", "backward")
 TILES = tuple(x.name for x in fields(Config) if x.name not in ("L", "gates"))
 
