@@ -48,7 +48,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 def prepare(device: str) -> str:
     """Choose the device and set what Triton and JAX read when they are imported."""
-    # Of several GPUs one: JAX leaves another one current. Before PyTorch counts them.
+    # One GPU only: JAX makes another one current. To be set before PyTorch counts them.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if device == "auto":
         import torch

@@ -187,8 +187,14 @@ def _table(rows: list[Compiled]) -> Table:
 
 def _assemblers(targets: list[str]) -> str:
     """What assembled the code for each target."""
-    names = (x for x in targets if x.startswith("sm_"))
-    return "".join(f", {assembler.choose(int(x[3:]))} for {x}" for x in names)
+    found = ""
+    for target in targets:
+        if target.startswith("sm_"):
+            try:
+                found += f", {assembler.choose(int(target[3:]))} for {target}"
+            except RuntimeError as error:  # none that may serve: every kernel failed for it
+                found += f", none for {target} ({error})"
+    return found
 
 
 def main(

@@ -7,9 +7,9 @@ For odd V above 96 the outputs' kernel (chunk_forward) has the first sign, as 12
 Three signs betray it: both halves of the 64-bit descriptor come from one register, or from the descriptor of global
 memory, or one from a register that nothing has written.
 
-ptxas 12.9 and 13.0 may, where registers are spilled, keep the thread's number in one, load a spilled value into it, and
-then once more take the thread's number from there. For (359, 15) in chunks of 256 threads then thought that another one
-was to store, and nobody stored the row sums of dq's first tile. Our tiles avoid such spills (kernels_triton/config.py).
+Where registers spill, ptxas 12.9 and 13.0 may load a spilled value into the register that holds the thread's number and
+go on reading it as that number. For (359, 15) in chunks of 256 every thread then thought that another one was to store,
+and nobody stored the row sums of dq's first tile. Our tiles avoid such spills (kernels_triton/config.py).
 """
 
 from __future__ import annotations
