@@ -236,8 +236,8 @@ def mlstm_chunkwise(
             results.
         chunk_table: `make_chunk_table(cu_seqlens, T, chunk_size)`, to share between calls; without it each makes its
             own. cu_seqlens may then be None. One made for another T, chunk_size or number of sequences is refused, as
-            are cu_seqlens on the host that are not the table's; where they differ on a device or are traced, all
-            results are NaN.
+            are cu_seqlens on the host that are not the table's; where they differ on a device or are traced, h
+            and the gradients of q, k, v, i and f are NaN.
         backend: "triton" (CUDA or ROCm device), "interpret" (the same kernels on a CPU under TRITON_INTERPRET=1, slow),
             "reference" (native operations, any device), "auto" (triton on a GPU, else reference).
 
