@@ -52,6 +52,15 @@ def test_forward_and_backward():
     assert kernels(gradient(), *ARRAYS) == FORWARD + BACKWARD + LAST
 
 
+def test_last_states_that_the_loss_does_not_depend_on_have_no_cotangent():
+    """As in PyTorch, for the same bits: not zeros, which another pass takes."""
+
+    def of_h(*arrays):
+        return CALL(*arrays, return_last_states=True)[0].sum()
+
+    assert kernels(jax.grad(of_h, range(8)), *ARRAYS) == FORWARD + BACKWARD
+
+
 def test_vmap_folds_into_the_batch():
     arrays = [jnp.stack([x] * 3, 1) for x in ARRAYS]
     assert kernels(jax.vmap(gradient(), 1), *arrays) == FORWARD + BACKWARD + LAST

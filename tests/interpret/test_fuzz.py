@@ -108,3 +108,18 @@ def test_what_an_error_says():
 
     outcome = check(read("K=5 V=3 T=20 B=1 H=1 dtype=float32 seed=1"), change=fails)
     assert outcome.problems == ("ValueError: no such thing",) and outcome.kind == "ValueError"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "K=63 V=16 T=20 B=1 H=3 dtype=float16 seed=632457 layout=bthd last=True cotangents=h chunk_size=16 eps=0.0 "
+        "i_gate=0.0,10.0 f_gate=-6.0,1.0 i_closed=-1000000.0",
+        "K=5 V=1 T=1 B=1 H=1 dtype=bfloat16 seed=425965 initial=True last=True chunk_size=32 f_closed=-1000000.0 "
+        "i_closed=-1000000.0",
+        "K=1 V=2 T=1 B=1 H=1 dtype=float16 seed=512029 last=True cotangents=h i_gate=-10.0,1.0",
+    ],
+)
+def test_calls_that_the_hunt_once_reported(line):
+    """q . n near 0; a stabiliser that float32 rounds by 0.03; weights that float16 has few digits of."""
+    assert check(read(line)).problems == ()
