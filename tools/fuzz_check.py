@@ -74,25 +74,17 @@ def in_two(function: Callable[..., Any], at: int, axis: int) -> Callable[..., An
     return call
 
 
-def rounding(truth: Arrays, results: Arrays) -> np.ndarray | None:
-    """e^m of the truth's last stabilisers over that of the results'; None without such.
+def belonging(truth: Arrays, results: Arrays) -> Arrays:
+    """By what the truth's last C and n are multiplied for the stabiliser that the results have; nothing without one.
 
-    C and n belong to the stabiliser that is handed on with them, which is rounded: one of -60 by 2e-6, of -1e6 by 0.03.
+    Only C e^m and n e^m have meaning, and the m handed on with them is rounded: one of -60 by 2e-6, of -1e6 by 0.03.
     """
     if "m_last" not in truth or not np.isfinite(truth["m_last"]).all():
-        return None
+        return {}
     away = truth["m_last"] - results["m_last"].astype(np.float64)  # if much, m_last itself is a failure
     most = np.maximum(1e-3, 2.0**-23 * np.abs(truth["m_last"]))
-    return np.exp(np.clip(np.nan_to_num(away), -most, most))
-
-
-def belonging(truth: Arrays, results: Arrays) -> Arrays:
-    """By what the truth's last C and n are multiplied for the stabiliser that the results have.
-
-    Only C e^m and n e^m have meaning.
-    """
-    factor = rounding(truth, results)
-    return {} if factor is None else {"c_last": factor[..., None, None], "n_last": factor[..., None]}
+    factor = np.exp(np.clip(np.nan_to_num(away), -most, most))
+    return {"c_last": factor[..., None, None], "n_last": factor[..., None]}
 
 
 def _differing(x: Arrays, y: Arrays) -> list[str]:
